@@ -1,0 +1,144 @@
+"""Metrics against hand-computed values, scikit-learn, and properties of the split; the plots."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unlearn_spark.errors import InputError
+from unlearn_spark.evaluation import metrics, plots
+
+
+def test_errors_of_predictions(spark):
+    frame = spark.createDataFrame(
+        [(4.0, 3.0), (1.0, 3.0), (2.0, 2.0)], "rating float, prediction float"
+    )
+    assert metrics.rmse(frame) == pytest.approx(math.sqrt(5 / 3))
+    assert metrics.mae(frame) == pytest.approx(1.0)
+    unknown = frame.union(spark.createDataFrame([(1.0, math.nan)], frame.schema))
+    assert math.isnan(metrics.rmse(unknown))
+    with pytest.raises(InputError, match="no predictions"):
+        metrics.rmse(frame.where("rating > 9"))
+
+
+def test_ranking_scores_by_hand():
+    hits = np.array([[True, False, True], [False, False, False], [True, True, True]])
+    scores = metrics.ranking_scores(hits, np.array([2, 1, 5]))
+    gain = [1.0, 1 / math.log2(3), 0.5]
+    np.testing.assert_allclose(scores["ndcg"], [1.5 / (gain[0] + gain[1]), 0, 1])
+    np.testing.assert_allclose(scores["precision"], [2 / 3, 0, 1])
+    np.testing.assert_allclose(scores["recall"], [1, 0, 3 / 5])
+    np.testing.assert_allclose(scores["map"], [(1 + 2 / 3) / 2, 0, 1])
+
+
+@settings(deadline=None)
+@given(st.integers(2, 12), st.integers(0, 2**32))
+def test_ranking_scores_equal_scikit_learn(k, seed):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    # All n items are ranked and n = k, so that scikit-learn sees the same list.
+    hits = rng.random((4, k)) < 0.4
+    hits[:, rng.integers(k)] = True
+    scores = metrics.ranking_scores(hits, hits.sum(axis=1))
+    order = np.broadcast_to(-np.arange(k, dtype=float), hits.shape)
+    for row in range(4):
+        assert scores["ndcg"][row] == pytest.approx(sklearn.ndcg_score(hits[[row]], order[[row]]))
+        assert scores["map"][row] == pytest.approx(
+            sklearn.average_precision_score(hits[row], order[row])
+        )
+
+
+def test_ranking_metrics_of_frames(spark):
+    recommendations = spark.createDataFrame(
+        [
+            ("a", [(1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6)]),
+            ("b", [(5, 0.9)]),
+            ("not asked", [(1, 1.0)]),
+        ],
+        "user string, recommendations array<struct<item:int,rating:float>>",
+    )
+    held_out = spark.createDataFrame(
+        [("a", 1), ("a", 3), ("a", 3), ("a", 4), ("b", 6), ("c", 1), ("d", 1)],
+        "user_id string, item_id int",
+    )
+    found = metrics.ranking_metrics(recommendations, held_out, 3)
+    # Of a's three places 1 and 3 are hits; b misses; c and d were given nothing.
+    ideal = 1 + 1 / math.log2(3) + 0.5
+    assert found.users == 4
+    assert found.ndcg == pytest.approx(1.5 / ideal / 4)
+    assert found.precision == pytest.approx(2 / 3 / 4)
+    assert found.recall == pytest.approx(2 / 3 / 4)
+    assert found.map == pytest.approx((1 + 2 / 3) / 3 / 4)
+    assert metrics.ndcg_at_k(recommendations, held_out, 1) == pytest.approx(1 / 4)
+    assert metrics.recall_at_k(recommendations, held_out, 1) == pytest.approx(1 / 3 / 4)
+    assert set(metrics.as_json(found, 3)) == {
+        "ndcg_at_3",
+        "precision_at_3",
+        "recall_at_3",
+        "map_at_3",
+    }
+    with pytest.raises(InputError, match="no held-out items"):
+        metrics.ranking_metrics(recommendations, held_out.where("item_id > 9"), 3)
+
+
+def test_split_is_a_partition_that_stays_put(spark):
+    pairs = spark.range(4000).selectExpr("id % 97 AS user_id", "concat('i', id) AS item_id")
+    train, held_out = metrics.split_by_hash(pairs, 0.2, seed=3)
+    kept, out = train.collect(), held_out.collect()
+    assert len(kept) + len(out) == 4000
+    assert not set(kept) & set(out)
+    assert 0.16 < len(out) / 4000 < 0.24
+    fewer = pairs.where("user_id > 40").repartition(3)
+    _, again = metrics.split_by_hash(fewer, 0.2, seed=3)
+    assert set(again.collect()) == {row for row in out if row["user_id"] > 40}
+    _, other = metrics.split_by_hash(pairs, 0.2, seed=4)
+    assert set(other.collect()) != set(out)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        metrics.split_by_hash(pairs, 1.0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30))
+def test_auc_counts_pairs(rows):
+    members = [score for score, label in rows if label]
+    others = [score for score, label in rows if not label]
+    scores, labels = zip(*rows, strict=True)
+    if not members or not others:
+        with pytest.raises(InputError, match="one of the classes is empty"):
+            metrics.auc(scores, labels)
+        return
+    won = sum((m > o) + 0.5 * (m == o) for m in members for o in others)
+    assert metrics.auc(scores, labels) == pytest.approx(won / len(members) / len(others))
+
+
+def test_auc_refuses_nan():
+    with pytest.raises(InputError, match="NaN"):
+        metrics.auc([0.1, math.nan], [0, 1])
+
+
+def test_plots_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = [
+        {"sweep": n, "objective": 10 + 5 / n, "max_residual": 10.0**-n, "seconds": 0.5}
+        for n in range(1, 5)
+    ]
+    plots.convergence(history, tmp_path / "convergence.png", tol=1e-3)
+    rng = np.random.default_rng(0)
+    plots.scores(*rng.normal(size=(3, 50)), tmp_path / "scores.png")
+    for name in ("convergence.png", "scores.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(InputError, match="no sweeps"):
+        plots.convergence([], tmp_path / "none.png")
+
+
+def test_sparkline():
+    assert plots.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert plots.sparkline([1, 10, 100], log=True) == "▁▅█"
+    assert plots.sparkline([2, 2]) == "▁▁"
+    assert plots.sparkline([1, math.nan, 2]) == "▁ █"
+    assert plots.sparkline([]) == ""
+    assert len(plots.sparkline(range(1000), width=40)) == 40

@@ -1,0 +1,255 @@
+"""Rating blocks and factor blocks as plain arrays, and their binary form.
+
+Words used here and in the rest of the package:
+
+slot
+    The number that stands for a user or an item inside one model version:
+    ``slot = position * n_blocks + block``. Positions run from 0 inside every block, most rated
+    first, so ``slot % n_blocks`` is the block, neighbouring slots have similar degrees, and a
+    factor matrix indexed by slot keeps its most used rows together in the cache.
+part
+    The rows that one task works on: all slots with ``slot % n_parts == part``. ``n_parts``
+    divides ``n_blocks``, so a part is a whole number of blocks.
+
+A worked example: 2 blocks and 1 part; users a, b, c hash to blocks 0, 1, 0 and have 1, 2 and 3
+ratings. Block 0 holds c (position 0, slot 0) and a (position 1, slot 2); block 1 holds b (position
+0, slot 1). The part's rows in slot order are c, b, a with counts 3, 2, 1.
+
+NumPy only: nothing here knows Spark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK_RATINGS = 32_768
+"""Ratings in one stored chunk: what has to be read to see the ratings of a single row."""
+
+
+@dataclass(frozen=True)
+class RatingBlock:
+    """Ratings of some rows of one side, compressed by row.
+
+    Attributes
+    ----------
+    slots : int32 (n_rows,)
+        Ascending slots of the rows.
+    indptr : int64 (n_rows + 1,)
+        Row ``j`` owns entries ``indptr[j]:indptr[j + 1]``.
+    others : int32 (n_ratings,)
+        Slots of the other side, ascending within a row, so that sums have one order whatever
+        order the ratings arrived in.
+    values : float32 (n_ratings,)
+    """
+
+    slots: NDArray[np.int32]
+    indptr: NDArray[np.int64]
+    others: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.slots)
+
+    @property
+    def n_ratings(self) -> int:
+        return len(self.values)
+
+    @property
+    def counts(self) -> NDArray[np.int32]:
+        """Ratings of each row, int32 (n_rows,)."""
+        return np.diff(self.indptr).astype(np.int32)
+
+    def to_binary(self) -> dict[str, bytes | memoryview]:
+        """The arrays as raw little-endian bytes, under the column names of `COLUMNS`."""
+        return {
+            "slots": raw(self.slots, np.int32),
+            "counts": raw(self.counts, np.int32),
+            "others": raw(self.others, np.int32),
+            "values": raw(self.values, np.float32),
+        }
+
+    @classmethod
+    def from_binary(cls, columns: Mapping[str, object]) -> RatingBlock:
+        """Views on buffers made by `to_binary`; nothing is copied but the counts' sums."""
+        counts = np.frombuffer(columns["counts"], np.int32)  # type: ignore[call-overload]
+        indptr = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        return cls(
+            np.frombuffer(columns["slots"], np.int32),  # type: ignore[call-overload]
+            indptr,
+            np.frombuffer(columns["others"], np.int32),  # type: ignore[call-overload]
+            np.frombuffer(columns["values"], np.float32),  # type: ignore[call-overload]
+        )
+
+    @classmethod
+    def from_entries(
+        cls,
+        rows: NDArray[np.int32],
+        others: NDArray[np.int32],
+        values: NDArray[np.float32],
+    ) -> RatingBlock:
+        """Group loose (row slot, other slot, value) entries by row.
+
+        Entries that name the same pair stay separate ratings, as in MLlib.
+        """
+        slots, local = _compress(rows)
+        order = _order_by_pair(local, others, values)
+        indptr = np.zeros(len(slots) + 1, np.int64)
+        np.cumsum(np.bincount(local, minlength=len(slots)), out=indptr[1:])
+        return cls(slots, indptr, others[order], values[order])
+
+    def rows(self, keep: NDArray[np.bool_]) -> RatingBlock:
+        """Only the rows where `keep` is true."""
+        entries = np.repeat(keep, np.diff(self.indptr))
+        counts = np.diff(self.indptr)[keep]
+        indptr = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        return RatingBlock(self.slots[keep], indptr, self.others[entries], self.values[entries])
+
+    def entry_rows(self) -> NDArray[np.int32]:
+        """For every rating the slot of its row, int32 (n_ratings,)."""
+        return np.repeat(self.slots, np.diff(self.indptr))
+
+    def without(
+        self, rows: NDArray[np.int32], others: NDArray[np.int32], *, keep_empty: bool = True
+    ) -> RatingBlock:
+        """Drop the entries that name one of the given (row slot, other slot) pairs."""
+        drop = np.isin(pair_keys(self.entry_rows(), self.others), pair_keys(rows, others))
+        kept = ~drop
+        counts = np.bincount(
+            np.repeat(np.arange(self.n_rows), np.diff(self.indptr))[kept], minlength=self.n_rows
+        )
+        indptr = np.zeros(self.n_rows + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        block = replace(self, indptr=indptr, others=self.others[kept], values=self.values[kept])
+        return block if keep_empty else block.rows(counts > 0)
+
+
+def pair_keys(rows: NDArray[np.int32], others: NDArray[np.int32]) -> NDArray[np.int64]:
+    """One int64 for each (row slot, other slot) pair."""
+    return (np.asarray(rows, np.int64) << 32) | np.asarray(others, np.int64)
+
+
+def concatenate(blocks: Sequence[RatingBlock]) -> RatingBlock:
+    """One block with the ratings of all; a row that occurs in several blocks is joined."""
+    if len(blocks) == 1:
+        return blocks[0]
+    if not blocks:
+        return RatingBlock(
+            np.zeros(0, np.int32),
+            np.zeros(1, np.int64),
+            np.zeros(0, np.int32),
+            np.zeros(0, np.float32),
+        )
+    return RatingBlock.from_entries(
+        np.concatenate([block.entry_rows() for block in blocks]),
+        np.concatenate([block.others for block in blocks]),
+        np.concatenate([block.values for block in blocks]),
+    )
+
+
+def chunk_numbers(
+    slots: NDArray[np.int32],
+    counts: NDArray[np.int32],
+    n_blocks: int,
+    chunk_ratings: int = CHUNK_RATINGS,
+) -> NDArray[np.int32]:
+    """The stored chunk of each row, numbered from 0 within its block, int32 (n_rows,).
+
+    Rows of one block are taken in slot order; a chunk is closed once it has `chunk_ratings`, so a
+    row with more ratings than that has a chunk of its own.
+    """
+    chunks = np.zeros(len(slots), np.int32)
+    blocks = slots % n_blocks
+    for block in np.unique(blocks):
+        rows = np.flatnonzero(blocks == block)
+        before = np.cumsum(counts[rows], dtype=np.int64) - counts[rows]
+        chunks[rows] = before // chunk_ratings
+    return chunks
+
+
+def split_into_chunks(
+    block: RatingBlock, n_blocks: int, chunk_ratings: int = CHUNK_RATINGS
+) -> Iterator[tuple[int, int, RatingBlock]]:
+    """(block number, chunk number, ratings) for storage, see `chunk_numbers`."""
+    numbers = chunk_numbers(block.slots, block.counts, n_blocks, chunk_ratings)
+    places = pair_keys(block.slots % n_blocks, numbers)
+    order = np.argsort(places, kind="stable")
+    starts = np.flatnonzero(np.diff(places[order], prepend=-1))
+    for first, last in zip(starts, [*starts[1:], len(order)], strict=True):
+        rows = order[first:last]
+        entries = ranges(block.indptr[rows], block.indptr[rows + 1])
+        counts = block.counts[rows]
+        indptr = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        yield (
+            int(block.slots[rows[0]] % n_blocks),
+            int(numbers[rows[0]]),
+            RatingBlock(block.slots[rows], indptr, block.others[entries], block.values[entries]),
+        )
+
+
+def ranges(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The integers of all half-open ranges, one after the other."""
+    lengths = stops - starts
+    total = int(lengths.sum())
+    if not total:
+        return np.zeros(0, np.int64)
+    offsets = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
+    return np.arange(total, dtype=np.int64) + offsets
+
+
+def scatter(
+    slots: NDArray[np.int32], rows: NDArray[np.float32], n_slots: int
+) -> NDArray[np.float32]:
+    """A (n_slots, rank) matrix with `rows` at `slots` and zeros where no row stands."""
+    dense = np.zeros((n_slots, rows.shape[1]), np.float32)
+    dense[slots] = rows
+    return dense
+
+
+def _order_by_pair(
+    local: NDArray[np.int32], others: NDArray[np.int32], values: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """The order of entries by (row, other slot), and by value where a pair occurs twice."""
+    n = len(values)
+    if n == 0:
+        return np.zeros(0, np.int64)
+    other_bits = int(others.max()).bit_length()
+    index_bits = n.bit_length()
+    row_bits = int(local.max()).bit_length()
+    if row_bits + other_bits + index_bits > 63:
+        return np.lexsort((values, others, local))
+    # Sorting bare 64-bit keys that carry their own index is several times faster than argsort.
+    keys = local.astype(np.int64) << (other_bits + index_bits)
+    keys |= others.astype(np.int64) << index_bits
+    keys |= np.arange(n, dtype=np.int64)
+    keys.sort()
+    order = keys & ((1 << index_bits) - 1)
+    pairs = keys >> index_bits
+    if n > 1 and bool((pairs[1:] == pairs[:-1]).any()):
+        return np.lexsort((values, others, local))
+    return order
+
+
+def _compress(rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Ascending distinct slots, and for each entry the index of its slot among them."""
+    if not len(rows):
+        return np.zeros(0, np.int32), np.zeros(0, np.int32)
+    present = np.zeros(int(rows.max()) + 1, np.bool_)
+    present[rows] = True
+    slots = np.flatnonzero(present).astype(np.int32)
+    lookup = np.cumsum(present, dtype=np.int32)
+    return slots, lookup[rows] - 1
+
+
+def raw(array: NDArray[Any], dtype: type[np.generic]) -> memoryview:
+    """The array's little-endian bytes; copied only where not contiguous or of another type."""
+    buffer: Any = np.ascontiguousarray(array, dtype=dtype)
+    return memoryview(buffer).cast("B")

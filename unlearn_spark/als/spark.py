@@ -1,0 +1,132 @@
+"""What blocks look like as Spark rows: schemas, Arrow conversion, and how they are placed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import functions as F
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+PART_SCHEMA = "key int, part int, slots binary, counts binary, others binary, values binary"
+"""Rating parts; `counts` is null in chunks of loose entries, where `slots` has one per rating."""
+
+FACTOR_SCHEMA = "part int, slots binary, factors binary, gram binary, scalar double"
+"""Factor rows of one part: int32 slots, float32 (n, rank) rows, their float64 Gram matrix where
+the objective is implicit, and their share of the penalty on their side."""
+
+_KINDS = {
+    "key": pa.int32(),
+    "part": pa.int32(),
+    "scalar": pa.float64(),
+    "quadratic": pa.float64(),
+    "penalty": pa.float64(),
+    "worst": pa.float64(),
+}
+
+
+def other_side(side: str) -> str:
+    """`item` for `user` and the reverse."""
+    return "item" if side == "user" else "user"
+
+
+def arrays_of(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows as dictionaries; binary values as buffers of the table, not copies."""
+    columns = {name: [_plain(value) for value in table.column(name)] for name in table.schema.names}
+    return [{name: columns[name][index] for name in columns} for index in range(table.num_rows)]
+
+
+def _plain(value: pa.Scalar) -> Any:
+    if not value.is_valid:
+        return None
+    if pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type):
+        return value.as_buffer()
+    return value.as_py()
+
+
+def binary_table(rows: Iterable[Mapping[str, Any]], **kinds: pa.DataType) -> pa.Table:
+    """An Arrow table of such rows; columns are binary unless `_KINDS` or `kinds` says otherwise.
+
+    The column order is that of the first row, and must be the schema's: Spark takes the columns
+    of `mapInArrow` by position.
+    """
+    rows = list(rows)
+    columns = {}
+    for name in rows[0]:
+        kind = kinds.get(name) or _KINDS.get(name) or pa.binary()
+        values = [row[name] for row in rows]
+        columns[name] = (
+            _binary_array(values) if kind == pa.binary() else pa.array(values, type=kind)
+        )
+    return pa.table(columns)
+
+
+def _binary_array(values: list[Any]) -> pa.Array:
+    """A binary column from buffers; a single value is wrapped without a copy."""
+    if len(values) == 1 and values[0] is not None:
+        data = pa.py_buffer(values[0])
+        offsets = pa.py_buffer(np.array([0, data.size], np.int32))
+        return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, data])
+    return pa.array([None if v is None else bytes(v) for v in values], type=pa.binary())
+
+
+def list_column(matrix: np.ndarray) -> pa.Array:
+    """A float32 (n, rank) matrix as a column of type array<float>, without a copy."""
+    n, rank = matrix.shape
+    flat = pa.array(np.ascontiguousarray(matrix, np.float32).reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(np.arange(n + 1, dtype=np.int32) * rank), flat)
+
+
+def matrix_of(column: pa.Array | pa.ChunkedArray, rank: int) -> np.ndarray:
+    """The reverse: array<float> values of equal length as a float32 (n, rank) matrix."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # pyarrow keeps an empty chunked array chunked
+        return np.zeros((0, rank), np.float32)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), rank)
+
+
+def session_parallelism(spark: SparkSession) -> int:
+    """Task slots of the session, learnt in a way that Connect allows.
+
+    `spark.range` is cut into one slice per default task slot.
+    """
+    slices = spark.range(4096).select(F.spark_partition_id().alias("slice"))
+    return max(1, slices.distinct().count())
+
+
+def _murmur3_int(value: int, seed: int = 42) -> int:
+    """Spark's `hash(int)`: Murmur3 x86 32-bit over one little-endian word, seed 42."""
+    mask = 0xFFFFFFFF
+
+    def rotate(x: int, r: int) -> int:
+        return ((x << r) | (x >> (32 - r))) & mask
+
+    k = (value & mask) * 0xCC9E2D51 & mask
+    k = rotate(k, 15) * 0x1B873593 & mask
+    h = (rotate(seed ^ k, 13) * 5 + 0xE6546B64) & mask
+    h ^= 4
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & mask
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & mask
+    h ^= h >> 16
+    return h - (1 << 32) if h >> 31 else h
+
+
+@lru_cache(maxsize=64)
+def balanced_keys(n: int) -> tuple[int, ...]:
+    """`n` integers that Spark's hash partitioning spreads over `n` partitions one by one.
+
+    With the keys 0..n-1 about a third of the partitions would stay empty and others hold two or
+    three parts, which a stage then waits for. Only the balance rests on this, no result.
+    """
+    keys: dict[int, int] = {}
+    candidate = 0
+    while len(keys) < n:
+        keys.setdefault(_murmur3_int(candidate) % n, candidate)
+        candidate += 1
+    return tuple(keys[index] for index in range(n))

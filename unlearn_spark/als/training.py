@@ -1,0 +1,420 @@
+"""Fitting: encode once, then sweep until every row solves its own equations to tolerance."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import functions as F
+
+from unlearn_spark.als import encoding
+from unlearn_spark.als.acceleration import Accelerator
+from unlearn_spark.als.blocks import raw
+from unlearn_spark.als.encoding import SideLayout
+from unlearn_spark.als.initial import initial_factors
+from unlearn_spark.als.kernel import Objective
+from unlearn_spark.als.spark import binary_table, matrix_of, other_side, session_parallelism
+from unlearn_spark.als.sweep import (
+    Solver,
+    factors_of,
+    finish_side,
+    next_iterate,
+    solve_side,
+    sweep_anchor,
+)
+from unlearn_spark.config import AlsSettings, ExecutionSettings
+from unlearn_spark.errors import InputError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+BROADCAST_ROWS = 4_000_000
+"""Up to this many ids on a side, its dictionary is joined by broadcast."""
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What one sweep found about the iterate that it started from.
+
+    Attributes
+    ----------
+    sweep
+        From 1.
+    objective
+        Of the anchor's iterate with the other side solved exactly for it.
+    max_residual
+        Largest relative residual over all rows of both sides.
+    seconds
+        Wall clock of this sweep.
+    eta
+        Seconds to tolerance, extrapolated from the residual's recent decay; None at first.
+    """
+
+    sweep: int
+    objective: float
+    max_residual: float
+    seconds: float
+    eta: float | None
+
+    def line(self) -> str:
+        """For a terminal."""
+        text = (
+            f"sweep {self.sweep:3d}  objective {self.objective:.6e}  "
+            f"max residual {self.max_residual:.2e}  {self.seconds:.1f} s"
+        )
+        return text if self.eta is None else f"{text}  about {self.eta:.0f} s to go"
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How a training went; `seconds` is everything, `sweep_seconds` the mean of the sweeps."""
+
+    users: int
+    items: int
+    ratings: int
+    sweeps: int
+    converged: bool
+    objective: float
+    max_residual: float
+    seconds: float
+    sweep_seconds: float
+    encode_seconds: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ratings as parts of both sides, and the dictionaries that name their slots.
+
+    Attributes
+    ----------
+    layouts
+        By side.
+    dictionaries
+        By side: id, n_ratings, block, slot.
+    parts
+        By side: rating parts, cached and placed.
+    n_ratings
+        Over all.
+    """
+
+    layouts: dict[str, SideLayout]
+    dictionaries: dict[str, DataFrame]
+    parts: dict[str, DataFrame]
+    n_ratings: int
+
+    @property
+    def anchor(self) -> str:
+        """The side whose rows are the iterate: the one with fewer rows."""
+        users, items = self.layouts["user"], self.layouts["item"]
+        return "user" if users.n_rows < items.n_rows else "item"
+
+    def release(self) -> None:
+        """Drop the caches."""
+        for frame in (*self.parts.values(), *self.dictionaries.values()):
+            frame.unpersist()
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A fitted model, still in the session.
+
+    Attributes
+    ----------
+    rows
+        By side, cached: id, block, slot, n_ratings, chunk, gradient_norm, b_norm, factor_norm,
+        factors; the norms are those of a final scan in float64.
+    encoded
+        The ratings that the model solves.
+    summary
+        Figures of the training.
+    """
+
+    rows: dict[str, DataFrame]
+    encoded: Encoded
+    summary: TrainingSummary
+
+    @property
+    def user_factors(self) -> DataFrame:
+        """id, factors array<float>, n_ratings."""
+        return self.rows["user"].select("id", "factors", "n_ratings")
+
+    @property
+    def item_factors(self) -> DataFrame:
+        """id, factors array<float>, n_ratings."""
+        return self.rows["item"].select("id", "factors", "n_ratings")
+
+    def release(self) -> None:
+        """Drop the caches."""
+        self.encoded.release()
+        for frame in self.rows.values():
+            frame.unpersist()
+
+
+def solver_of(settings: AlsSettings) -> Solver:
+    """The worker-side half of the settings."""
+    objective = Objective(
+        settings.reg_param, settings.implicit_prefs, settings.alpha, settings.nonnegative
+    )
+    return Solver(objective, settings.rank, settings.dtype)
+
+
+def encode_ratings(
+    ratings: DataFrame, settings: AlsSettings, execution: ExecutionSettings
+) -> Encoded:
+    """Number the ids and turn the ratings into cached parts of both sides.
+
+    Parameters
+    ----------
+    ratings
+        user_id, item_id, rating.
+
+    Raises
+    ------
+    InputError
+        There are no ratings.
+    """
+    parallelism = session_parallelism(ratings.sparkSession)
+    counted = {
+        side: encoding.count_ratings(ratings, f"{side}_id").persist() for side in ("user", "item")
+    }
+    layouts: dict[str, SideLayout] = {}
+    dictionaries: dict[str, DataFrame] = {}
+    n_ratings = 0
+    for side, counts in counted.items():
+        totals = counts.agg(F.count(F.lit(1)), F.coalesce(F.sum("n_ratings"), F.lit(0))).first()
+        assert totals is not None
+        n_rows, n_ratings = int(totals[0]), int(totals[1])
+        if n_ratings == 0:
+            raise InputError("there are no ratings to train on; ingest some first")
+        n_blocks = encoding.choose_blocks(
+            n_rows, settings.user_blocks if side == "user" else settings.item_blocks
+        )
+        dictionaries[side] = encoding.assign_slots(counts, n_blocks).persist()
+        last = dictionaries[side].agg(F.max("slot")).first()
+        assert last is not None
+        n_parts = encoding.choose_parts(n_ratings, n_blocks, execution.part_ratings, parallelism)
+        layouts[side] = SideLayout(side, n_rows, n_blocks, n_parts, int(last[0]) + 1)
+        counts.unpersist()
+    small = all(layout.n_rows <= BROADCAST_ROWS for layout in layouts.values())
+    user_parts = encoding.encode(
+        ratings, dictionaries["user"], dictionaries["item"], layouts["user"], small=small
+    ).persist()
+    item_parts = encoding.transpose(user_parts, layouts["item"]).persist()
+    item_parts.count()
+    parts = {"user": user_parts, "item": item_parts}
+    return Encoded(layouts, dictionaries, parts, n_ratings)
+
+
+def start_iterate(
+    encoded: Encoded, settings: AlsSettings, warm: DataFrame | None = None
+) -> DataFrame:
+    """The anchor's first iterate: factors of `warm` (id, factors) where it has them.
+
+    Rows that it does not have start where a fresh training starts them: by (seed, side, id).
+    """
+    side = encoded.anchor
+    layout = encoded.layouts[side]
+    rank, seed, nonnegative = settings.rank, settings.seed, settings.nonnegative
+    rows = encoded.dictionaries[side].withColumn("hash", F.xxhash64("id"))
+    if warm is not None:
+        rows = rows.join(warm.select("id", "factors"), "id", "left")
+    else:
+        rows = rows.withColumn("factors", F.lit(None).cast("array<float>"))
+    rows = rows.select(
+        F.pmod("slot", F.lit(layout.n_parts)).cast("int").alias("part"), "slot", "hash", "factors"
+    )
+
+    def start(table: pa.Table) -> pa.Table:
+        table = table.sort_by("slot")
+        slots = table["slot"].to_numpy().astype(np.int32)
+        y = initial_factors(table["hash"].to_numpy(), rank, seed, side, nonnegative)
+        given = table["factors"].is_valid().to_numpy()
+        if given.any():
+            y[given] = matrix_of(table["factors"].drop_null(), rank)
+        return binary_table(
+            [
+                {
+                    "part": table["part"][0].as_py(),
+                    "slots": raw(slots, np.int32),
+                    "history": raw(y, np.float32),
+                }
+            ]
+        )
+
+    return rows.groupBy("part").applyInArrow(start, "part int, slots binary, history binary")
+
+
+@dataclass
+class Sweeper:
+    """Runs sweeps over encoded ratings; the driver sees a few numbers per part and sweep."""
+
+    encoded: Encoded
+    settings: AlsSettings
+    execution: ExecutionSettings
+    on_sweep: Callable[[SweepReport], None] | None = None
+    reports: list[SweepReport] = field(default_factory=list)
+
+    def run(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
+        """Sweep to tolerance or to the cap.
+
+        Returns
+        -------
+        anchor, other : DataFrame
+            Factor parts (`FACTOR_SCHEMA`) of the two sides; `other` is cached.
+        converged : bool
+        """
+        encoded, solver = self.encoded, solver_of(self.settings)
+        anchor, side = encoded.layouts[encoded.anchor], other_side(encoded.anchor)
+        parts, layout = encoded.parts[side], encoded.layouts[side]
+        accelerator = Accelerator(self.settings.memory)
+        held: list[DataFrame] = []
+        for number in range(1, self.settings.max_sweeps + 1):
+            started = time.perf_counter()
+            y = factors_of(solver, iterate)
+            other = solve_side(solver, parts, layout, y, anchor.n_slots).persist()
+            state = self._materialise(
+                sweep_anchor(
+                    solver,
+                    encoded.parts[encoded.anchor],
+                    anchor,
+                    other,
+                    layout.n_slots,
+                    iterate,
+                )
+            )
+            scalars = state.select("quadratic", "penalty", "worst", "products").collect()
+            objective = math.fsum(row["quadratic"] for row in scalars) + scalars[0]["penalty"]
+            worst = max(row["worst"] for row in scalars)
+            products = np.sum([np.frombuffer(row["products"]) for row in scalars], axis=0)
+            size = math.isqrt(len(products))
+            self._report(number, objective, worst, time.perf_counter() - started)
+            if worst <= self.settings.tol:
+                return y, other, True
+            step = accelerator.step(objective, worst, products.reshape(size, size))
+            if number == self.settings.max_sweeps:
+                # The cap: the newest plain half-sweep is the better of the two anchors.
+                plain = [1.0] + [0.0] * (size - 1)
+                return factors_of(solver, next_iterate(solver, state, plain, 0)), other, False
+            iterate = next_iterate(solver, state, step.weights, step.keep, step.drop_newest)
+            for frame in held:
+                frame.unpersist()
+            held = [other, state]
+        raise AssertionError("max_sweeps is at least 1")
+
+    def _materialise(self, frame: DataFrame) -> DataFrame:
+        if self.execution.checkpoint == "local":
+            return frame.localCheckpoint(eager=True)
+        frame = frame.persist()
+        frame.count()
+        return frame
+
+    def _report(self, number: int, objective: float, worst: float, seconds: float) -> None:
+        eta = None
+        earlier = [report for report in self.reports[-5:] if report.max_residual > worst > 0]
+        if earlier:
+            first = earlier[0]
+            decay = math.log(first.max_residual / worst) / (number - first.sweep)
+            missing = max(0.0, math.log(worst / self.settings.tol) / decay)
+            eta = missing * seconds
+        report = SweepReport(number, objective, worst, seconds, eta)
+        self.reports.append(report)
+        if self.on_sweep is not None:
+            self.on_sweep(report)
+
+
+def finish_rows(
+    encoded: Encoded, settings: AlsSettings, factors: dict[str, DataFrame]
+) -> dict[str, DataFrame]:
+    """Factor parts of both sides as rows with ids, residuals recomputed in float64; cached."""
+    solver = solver_of(settings)
+    rows = {}
+    for side in ("user", "item"):
+        scanned = finish_side(
+            solver,
+            encoded.parts[side],
+            encoded.layouts[side],
+            factors[side],
+            factors[other_side(side)],
+            encoded.layouts[other_side(side)].n_slots,
+        )
+        names = encoded.dictionaries[side].select("slot", "id", "block")
+        rows[side] = scanned.join(names, "slot").persist()
+    return rows
+
+
+def fit_factors(
+    ratings: DataFrame,
+    settings: AlsSettings,
+    execution: ExecutionSettings | None = None,
+    *,
+    warm_start: tuple[DataFrame, DataFrame] | None = None,
+    on_sweep: Callable[[SweepReport], None] | None = None,
+) -> FitResult:
+    """Fit user and item factors.
+
+    Parameters
+    ----------
+    ratings
+        user_id, item_id (any types), rating (castable to float).
+    settings, execution
+        See `unlearn_spark.config`.
+    warm_start
+        User and item factors (id, factors) of an earlier model.
+    on_sweep
+        Called after every sweep.
+
+    Raises
+    ------
+    InputError
+        There are no ratings, or `warm_start` has another rank.
+    """
+    execution = execution or ExecutionSettings()
+    started = time.perf_counter()
+    encoded = encode_ratings(ratings, settings, execution)
+    encode_seconds = time.perf_counter() - started
+    warm = None
+    if warm_start is not None:
+        warm = warm_start[0] if encoded.anchor == "user" else warm_start[1]
+        first = warm.select(F.size("factors")).first()
+        if first is not None and first[0] != settings.rank:
+            raise InputError(
+                f"warm start: that model has rank {first[0]}, als.rank is {settings.rank}; "
+                "set them equal"
+            )
+    sweeper = Sweeper(encoded, settings, execution, on_sweep)
+    anchor, other, converged = sweeper.run(start_iterate(encoded, settings, warm))
+    factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
+    rows = finish_rows(encoded, settings, factors)
+    worst = max(largest_residual(frame) for frame in rows.values())
+    reports = sweeper.reports
+    summary = TrainingSummary(
+        users=encoded.layouts["user"].n_rows,
+        items=encoded.layouts["item"].n_rows,
+        ratings=encoded.n_ratings,
+        sweeps=len(reports),
+        converged=converged,
+        objective=reports[-1].objective,
+        max_residual=worst,
+        seconds=time.perf_counter() - started,
+        sweep_seconds=sum(report.seconds for report in reports) / len(reports),
+        encode_seconds=encode_seconds,
+        history=[asdict(report) for report in reports],
+    )
+    other.unpersist()
+    return FitResult(rows, encoded, summary)
+
+
+def largest_residual(rows: DataFrame) -> float:
+    """max ||A x - b|| / ||b|| over rows with gradient_norm and b_norm; b = 0 asks for g = 0."""
+    ratio = F.when(F.col("b_norm") > 0, F.col("gradient_norm") / F.col("b_norm")).otherwise(
+        F.when(F.col("gradient_norm") > 0, F.lit(float("inf"))).otherwise(F.lit(0.0))
+    )
+    found = rows.agg(F.max(ratio)).first()
+    assert found is not None
+    return float(found[0] or 0.0)

@@ -1,0 +1,194 @@
+"""Validated settings: one YAML file, overridden by `--set key=value`, checked before Spark starts.
+
+Every key is a field of the models below; `als.rank` on the command line is field `rank` of
+`AlsSettings`. Unknown keys are refused, with the nearest known one as a hint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unlearn_spark.errors import SettingsError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class AlsSettings(_Section):
+    """How a model is fitted. Objective and scaling as in Spark MLlib's ALS."""
+
+    rank: int = Field(32, ge=1, le=2048)
+    """Number of latent factors."""
+    reg_param: float = Field(0.05, ge=0, allow_inf_nan=False)
+    """lambda; scaled by the number of ratings of each row (ALS-WR)."""
+    implicit_prefs: bool = False
+    alpha: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Confidence of implicit preferences: c = alpha |r|."""
+    nonnegative: bool = False
+    tol: float = Field(2.5e-4, gt=0, allow_inf_nan=False)
+    """Stop when no factor row's relative residual exceeds this."""
+    max_sweeps: int = Field(200, ge=1)
+    seed: int = 0
+    user_blocks: int | None = Field(None, ge=1, le=65536)
+    """Storage blocks of the user side; by default chosen from the number of users."""
+    item_blocks: int | None = Field(None, ge=1, le=65536)
+    warm_start: int | Literal["latest"] | None = None
+    """Model version to start from."""
+    memory: int = Field(1, ge=0, le=10)
+    """Earlier iterates kept for Anderson acceleration; 0 is plain alternation."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the solves; factors are stored as float32."""
+
+
+class UnlearnSettings(_Section):
+    """When a factor row is re-solved after a deletion, and when the job gives up on locality."""
+
+    tau: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    """Certificate: no row's relative residual on the retained ratings exceeds this."""
+    lower_mark: float = Field(0.25, gt=0, le=1)
+    """A side that is worked on is solved down to `lower_mark * tau` (hysteresis)."""
+    direct_rows: Literal["resolve", "threshold"] = "resolve"
+    """Re-solve every row that itself lost a rating, or only those over tolerance."""
+    max_rounds: int = Field(40, ge=1)
+    """Frontier rounds before the ledger is rescanned."""
+    sweep_share: float = Field(0.5, gt=0, le=1)
+    """A frontier with more than this share of a side's ratings becomes a whole half-sweep."""
+
+
+class ExecutionSettings(_Section):
+    """How work is cut into tasks. Results do not depend on these."""
+
+    part_ratings: int = Field(4_000_000, ge=1)
+    """Ratings that one task holds at a time (about 8 bytes each, twice while it decodes)."""
+    checkpoint: Literal["local", "persist"] = "local"
+    """How a sweep's state is kept: `local` truncates the plan, `persist` only caches it."""
+
+
+class SparkSettings(_Section):
+    """Used where the session is built here; a session that exists already is left alone."""
+
+    master: str | None = None
+    remote: str | None = None
+    """Spark Connect address (`sc://...`); excludes `master`."""
+    driver_memory: str = "4g"
+    conf: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
+class Settings(_Section):
+    """All settings of a job."""
+
+    root: str | None = None
+    """Directory or object-store prefix under which every table is a folder."""
+    catalog: str | None = None
+    """`catalog.schema` in which tables are looked up by name; excludes `root`."""
+    als: AlsSettings = AlsSettings()
+    unlearn: UnlearnSettings = UnlearnSettings()
+    execution: ExecutionSettings = ExecutionSettings()
+    spark: SparkSettings = SparkSettings()
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, _Section):
+            yield from _known_keys(annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, list(_known_keys(Settings)), n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; see conf/local.yaml for the known keys"
+        return f"{source}: unknown setting {key}{hint}"
+    found = first.get("input")
+    return f"{source}: setting {key} = {found!r} is not usable: {first['msg']}"
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Split `a.b=value`; the value is read as YAML, so `true`, `3` and `[1, 2]` mean that."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(f"--set {text}: expected key=value, for example als.rank=32")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    if isinstance(parsed, str):
+        # YAML 1.1 reads 1e-3 (no dot) as text; everybody means the number.
+        with contextlib.suppress(ValueError):
+            parsed = float(parsed)
+    return key.strip().split("."), parsed
+
+
+def load_settings(
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    **top_level: Any,
+) -> Settings:
+    """Read, merge and validate settings.
+
+    Parameters
+    ----------
+    path
+        YAML file; `None` means defaults only.
+    overrides
+        `key=value` texts, later ones win over earlier ones and over the file.
+    top_level
+        Values for `root` or `catalog` that win over everything, when not None.
+
+    Raises
+    ------
+    SettingsError
+        The file is missing or not YAML, or a key is unknown or its value unusable.
+    """
+    source = str(path) if path is not None else "settings"
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(
+                f"--conf {path}: cannot be read ({error.strerror}); give a YAML file"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            line = str(error).splitlines()[0]
+            raise SettingsError(f"--conf {path}: not valid YAML ({line})") from error
+        if loaded is not None and not isinstance(loaded, Mapping):
+            raise SettingsError(f"--conf {path}: expected a mapping of settings at the top")
+        tree = dict(loaded or {})
+    for text in overrides:
+        keys, value = parse_override(text)
+        source = f"--set {text}"
+        node = tree
+        for key in keys[:-1]:
+            child = node.get(key)
+            child = dict(child) if isinstance(child, Mapping) else {}
+            node[key] = child
+            node = child
+        node[keys[-1]] = value
+        _validate(tree, source)
+    if top_level.get("root") is not None:
+        tree.pop("catalog", None)
+    tree.update({key: value for key, value in top_level.items() if value is not None})
+    settings = _validate(tree, source)
+    if settings.root is not None and settings.catalog is not None:
+        raise SettingsError(f"{source}: give root or catalog, not both")
+    return settings
+
+
+def _validate(tree: Mapping[str, Any], source: str) -> Settings:
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, source)) from error

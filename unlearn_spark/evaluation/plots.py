@@ -1,0 +1,135 @@
+"""Pictures of a training and of an unlearning: PNG by matplotlib, or a line of text.
+
+matplotlib is only needed for the PNGs; `pip install 'unlearn-spark[evaluation]'` brings it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from unlearn_spark.errors import InputError, UserError
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Iterable[float], *, log: bool = False, width: int | None = None) -> str:
+    """A text picture, one character a value, from the lowest bar to the highest.
+
+    Parameters
+    ----------
+    values
+        NaN and infinities are blanks; with `log`, so are values that are not positive.
+    log
+        Heights follow the logarithm, as suits residuals.
+    width
+        At most this many characters: evenly spaced values stand for the rest.
+    """
+    heights = np.asarray(list(values), np.float64)
+    if width is not None and len(heights) > width:
+        heights = heights[np.linspace(0, len(heights) - 1, width).round().astype(int)]
+    if log:
+        heights = np.log(heights, where=heights > 0, out=np.full(len(heights), np.nan))
+    known = heights[np.isfinite(heights)]
+    if not len(known):
+        return " " * len(heights)
+    low, span = known.min(), np.ptp(known)
+    scale = (len(_BARS) - 1) / span if span > 0 else 0.0
+    return "".join(
+        _BARS[math.floor((height - low) * scale + 0.5)] if math.isfinite(height) else " "
+        for height in heights
+    )
+
+
+def convergence(
+    history: Sequence[Mapping[str, Any]], path: str | Path, *, tol: float | None = None
+) -> Path:
+    """Objective and largest residual by sweep, as a PNG.
+
+    Parameters
+    ----------
+    history
+        Mappings with sweep, objective, max_residual and seconds, as in `TrainingSummary.history`.
+    tol
+        Drawn as a line, where given.
+
+    Raises
+    ------
+    InputError
+        The history is empty.
+    UserError
+        matplotlib is not installed.
+    """
+    if not history:
+        raise InputError("there are no sweeps to draw")
+    figure, (above, below) = _subplots(2, 1, sharex=True, figsize=(7, 6))
+    sweeps = [entry["sweep"] for entry in history]
+    above.plot(sweeps, [entry["objective"] for entry in history], marker=".")
+    above.set_ylabel("objective")
+    below.semilogy(sweeps, [entry["max_residual"] for entry in history], marker=".")
+    below.set_ylabel("largest relative residual")
+    below.set_xlabel("sweep")
+    if tol is not None:
+        below.axhline(tol, linestyle="--", color="grey", label=f"tolerance {tol:g}")
+        below.legend()
+    seconds = sum(entry["seconds"] for entry in history)
+    above.set_title(f"{len(history)} sweeps, {seconds:.1f} s")
+    return _saved(figure, path)
+
+
+def scores(before: ArrayLike, after: ArrayLike, retrained: ArrayLike, path: str | Path) -> Path:
+    """Distributions of the deleted entries' scores, as a PNG.
+
+    Parameters
+    ----------
+    before, after, retrained : float (n,)
+        Scores by the model that had seen the entries, by the one that unlearned them, and by one
+        trained without them. The second should lie on the third.
+
+    Raises
+    ------
+    InputError
+        One of them is empty.
+    UserError
+        matplotlib is not installed.
+    """
+    series = {
+        "before": np.asarray(before, np.float64).ravel(),
+        "unlearned": np.asarray(after, np.float64).ravel(),
+        "retrained": np.asarray(retrained, np.float64).ravel(),
+    }
+    for name, values in series.items():
+        if not len(values):
+            raise InputError(f"there are no scores {name} to draw")
+    figure, axes = _subplots(figsize=(7, 4))
+    for name, values in series.items():
+        ordered = np.sort(values)
+        axes.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", label=name)
+    axes.set_xlabel("score of a deleted entry")
+    axes.set_ylabel("share of entries at or below")
+    axes.legend()
+    return _saved(figure, path)
+
+
+def _subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("plots need matplotlib; pip install 'unlearn-spark[evaluation]'") from error
+    # Not through pyplot: that keeps global state and may look for a display.
+    figure = Figure(figsize=kwargs.pop("figsize"), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(*args, **kwargs)
+
+
+def _saved(figure: Any, path: str | Path) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, format="png", dpi=120)
+    return target

@@ -1,0 +1,197 @@
+"""Writing a model version: its tables first, the row of the models table last.
+
+Until that last commit nothing is visible, so a job may die anywhere: the next one finds the
+published version untouched, and its own writes replace whatever was left behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from unlearn_spark.als.encoding import stored_chunks
+from unlearn_spark.errors import InputError
+from unlearn_spark.tables import factors, models
+from unlearn_spark.tables.models import ModelVersion
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from unlearn_spark.als.training import Encoded, FitResult
+    from unlearn_spark.config import AlsSettings
+    from unlearn_spark.tables.store import Store
+
+
+def write_together(writes: Mapping[str, Callable[[], int]]) -> dict[str, int]:
+    """Run independent writes at the same time; returns what each gave.
+
+    A Delta commit is mostly waiting for the driver, so four of them take little more than one.
+    """
+    with ThreadPoolExecutor(max_workers=max(1, len(writes))) as pool:
+        running = {name: pool.submit(write) for name, write in writes.items()}
+        return {name: future.result() for name, future in running.items()}
+
+
+def write_whole_model(
+    store: Store, rows: Mapping[str, DataFrame], chunks: DataFrame
+) -> dict[str, int]:
+    """Replace factors, ledger and packed ratings by those of a whole new model.
+
+    Parameters
+    ----------
+    rows
+        By side: id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm, factors.
+    chunks
+        Packed ratings of both sides.
+
+    Returns
+    -------
+    dict
+        The Delta version of each table, under the names of `ModelVersion`'s fields.
+    """
+    ledger = factors.ledger_rows(rows["user"], "user").unionByName(
+        factors.ledger_rows(rows["item"], "item")
+    )
+    return write_together(
+        {
+            "user_factors_version": lambda: factors.write_factors(
+                store, "user", rows["user"], whole=True
+            ),
+            "item_factors_version": lambda: factors.write_factors(
+                store, "item", rows["item"], whole=True
+            ),
+            "ledger_version": lambda: factors.write_ledger(store, ledger, whole=True),
+            "rating_blocks_version": lambda: factors.write_rating_blocks(store, chunks),
+            "rating_changes_version": lambda: factors.clear_rating_changes(store),
+        }
+    )
+
+
+def warm_start(store: Store, wanted: int | str | None) -> tuple[DataFrame, DataFrame] | None:
+    """User and item factors of the version that `als.warm_start` names, if it names one."""
+    if wanted is None:
+        return None
+    version = models.published(store, None if wanted == "latest" else int(wanted))
+    return models.read_factors(store, version)
+
+
+def chunks_of(encoded: Encoded) -> DataFrame:
+    """The packed ratings of both sides, as they are stored."""
+    user, item = (
+        stored_chunks(encoded.parts[side], encoded.layouts[side]) for side in ("user", "item")
+    )
+    return user.unionByName(item)
+
+
+def publish_fit(
+    store: Store,
+    fitted: FitResult,
+    als: AlsSettings,
+    *,
+    kind: str,
+    parent: ModelVersion | None,
+    ratings_version: int,
+    ratings_ingest_id: int,
+    **more: Any,
+) -> ModelVersion:
+    """Write a freshly fitted model and make it visible.
+
+    Parameters
+    ----------
+    kind, parent, ratings_version, ratings_ingest_id, more
+        Fields of the new `ModelVersion`; `more` may hold `metrics` to add.
+
+    Raises
+    ------
+    ConflictError
+        Another job published meanwhile.
+    """
+    summary, layouts = fitted.summary, fitted.encoded.layouts
+    written = write_whole_model(store, fitted.rows, chunks_of(fitted.encoded))
+    metrics = {
+        "users": summary.users,
+        "items": summary.items,
+        "ratings": summary.ratings,
+        "sweeps": summary.sweeps,
+        "converged": summary.converged,
+        "objective": summary.objective,
+        "max_residual": summary.max_residual,
+        "seconds": summary.seconds,
+        **more.pop("metrics", {}),
+    }
+    return models.publish(
+        store,
+        ModelVersion(
+            model_version=next_version(parent),
+            kind=kind,
+            parent=parent.model_version if parent else None,
+            ratings_version=ratings_version,
+            ratings_ingest_id=ratings_ingest_id,
+            settings={
+                "als": als.model_dump(),
+                "layouts": {
+                    side: {"n_blocks": layout.n_blocks, "n_slots": layout.n_slots}
+                    for side, layout in layouts.items()
+                },
+            },
+            metrics=metrics,
+            certificate={
+                "tau": als.tol,
+                "max_residual": summary.max_residual,
+                "holds": summary.max_residual <= als.tol,
+                "evidence": "scan",
+            },
+            **{
+                "tombstones_version": parent.tombstones_version if parent else None,
+                "receipts_version": parent.receipts_version if parent else None,
+                **written,
+                **more,
+            },
+        ),
+    )
+
+
+def next_version(parent: ModelVersion | None) -> int:
+    """Versions count from 1."""
+    return 1 if parent is None else parent.model_version + 1
+
+
+def roll_back(store: Store, model_version: int) -> ModelVersion:
+    """Publish an earlier version again, as the newest. Nothing is copied or deleted.
+
+    Raises
+    ------
+    InputError
+        That version does not exist, is the newest already, or was published before a deletion
+        was honoured: going back would bring the deleted ratings back.
+    """
+    head = models.published(store)
+    target = models.published(store, model_version)
+    if target.model_version == head.model_version:
+        raise InputError(f"model version {model_version} is the newest already; nothing to do")
+    forgotten = [
+        version.model_version
+        for version in models.versions(store)
+        if version.model_version > model_version and version.metrics.get("requests", 0) > 0
+    ]
+    if forgotten:
+        raise InputError(
+            f"model version {model_version} still knows ratings that version {forgotten[0]} "
+            f"forgot; roll back to {forgotten[-1]} or later, or train anew"
+        )
+    metrics: dict[str, Any] = {**target.metrics, "rolled_back_to": model_version, "requests": 0}
+    return models.publish(
+        store,
+        replace(
+            target,
+            model_version=next_version(head),
+            parent=head.model_version,
+            kind="rollback",
+            # What was honoured stays honoured.
+            tombstones_version=head.tombstones_version,
+            receipts_version=head.receipts_version,
+            metrics=metrics,
+        ),
+    )

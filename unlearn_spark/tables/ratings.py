@@ -1,0 +1,453 @@
+"""The ratings table: one row per (user, item), found quickly by user, and how rows get into it.
+
+Partitioned by `user_block`; inside a block files are sorted by `user_key`, a second hash of the
+user, whose min/max statistics let readers skip. No id and no rating is in Delta's statistics,
+because the log outlives the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from unlearn_spark.errors import InputError
+from unlearn_spark.tables import formats, quarantine, tombstones
+from unlearn_spark.tables.store import Store, TableSpec
+from unlearn_spark.unlearning import requests
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame
+
+TABLE = "ratings"
+
+USER_KEYS = 1024
+"""Distinct values of `user_key`."""
+ROWS_PER_BLOCK = 1_000_000
+MAX_USER_BLOCKS = 256
+USER_BLOCKS_PROPERTY = "unlearn.userBlocks"
+
+_EMPTY_VERSION = 1
+"""Delta version of the table once it is made and has its property, before the first ingest."""
+
+FOREIGN_ID = "id is not an integer as in the table"
+REFUSED = "covered by tombstone "
+
+_PRUNING_LIMIT = 256
+"""Most values in a list of blocks or keys; a longer list would skip little."""
+
+_COLUMNS = (
+    "user_id",
+    "item_id",
+    "rating",
+    "rated_at",
+    "user_block",
+    "user_key",
+    "ingest_id",
+)
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What became of the rows: `read == written + superseded + quarantined`.
+
+    Attributes
+    ----------
+    written
+        Rows that are new in the table or replaced the rating of their pair.
+    superseded
+        Rows that a newer rating of the same pair, in the input or in the table, made void.
+    version
+        Delta version of the ratings table that holds the result; None when there is no table.
+    """
+
+    read: int
+    written: int
+    superseded: int
+    quarantined: int
+    version: int | None
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """One look at an input: rows by problem, and which id columns could be integers."""
+
+    problems: dict[str | None, int]
+    integral: dict[str, bool]
+
+    @property
+    def read(self) -> int:
+        return sum(self.problems.values())
+
+    @property
+    def good(self) -> int:
+        return self.problems.get(None, 0)
+
+    @property
+    def bad(self) -> int:
+        return self.read - self.good
+
+    @property
+    def worst(self) -> str:
+        """The most frequent problem."""
+        found = {problem: n for problem, n in self.problems.items() if problem is not None}
+        return max(found, key=lambda problem: (found[problem], problem))
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def read(store: Store, version: int | None = None) -> DataFrame:
+    """The table at a Delta version, or (None) as it is now.
+
+    Columns: user_id, item_id (string or bigint), rating float, rated_at timestamp (null: unknown),
+    user_block int, user_key int, ingest_id bigint.
+    """
+    return store.read(TABLE, version)
+
+
+def newest_ingest(store: Store, version: int | None = None) -> int:
+    """The largest ingest_id in the table, 0 when it is empty."""
+    row = read(store, version).agg(F.max("ingest_id")).first()
+    return int(row[0]) if row is not None and row[0] is not None else 0
+
+
+def since(store: Store, ingest_id: int, version: int | None = None) -> DataFrame:
+    """The rows that later ingests than `ingest_id` wrote."""
+    return read(store, version).where(F.col("ingest_id") > ingest_id)
+
+
+def covering(store: Store, ids: DataFrame, version: int | None = None) -> DataFrame:
+    """The rows whose ids are among `ids`, reading no other user blocks than needed.
+
+    Parameters
+    ----------
+    ids
+        Columns user_id, item_id or both (then pairs), in the table's types or as strings. Assumed
+        small: they are broadcast.
+    """
+    rows = read(store, version)
+    names: list[str] = [name for name in ("user_id", "item_id") if name in ids.columns]
+    for name in names:
+        if isinstance(ids.schema[name].dataType, T.StringType):
+            id = requests.typed_id(F.col(name), rows.schema[name].dataType)
+        else:
+            id = F.col(name).cast(rows.schema[name].dataType)
+        ids = ids.withColumn(name, id)
+    ids = ids.select(*names).dropna().distinct()
+    if "user_id" in names:
+        blocks = user_blocks(store)
+        places = ids.select(*_places(F.col("user_id"), blocks)).distinct()
+        for column in ("user_block", "user_key"):
+            wanted = _few(places, column)
+            if wanted is not None:
+                rows = rows.where(F.col(column).isin(wanted))
+    return rows.join(F.broadcast(ids), names, "left_semi").select(*_COLUMNS)
+
+
+def user_blocks(store: Store) -> int:
+    """Number of partitions of the table, as chosen by the first ingest."""
+    chosen = _chosen_user_blocks(store)
+    if chosen is None:
+        raise InputError("table ratings holds no ingest yet; run jobs/ingest_ratings.py first")
+    return chosen
+
+
+def _chosen_user_blocks(store: Store) -> int | None:
+    properties = store.spark.sql(f"SHOW TBLPROPERTIES {store.name(TABLE)}")
+    row = properties.where(F.col("key") == USER_BLOCKS_PROPERTY).first()
+    return None if row is None else int(row["value"])
+
+
+# --- deleting -------------------------------------------------------------------------------
+
+
+def delete(store: Store, pairs: DataFrame) -> int:
+    """Remove pairs (user_id, item_id in the table's types); returns the Delta version afterwards.
+
+    A merge, because a DELETE would leave its predicate, ids included, in the log. Rows are marked
+    in deletion vectors; their bytes go with `purge`.
+    """
+    keyed = pairs.select("user_id", "item_id").distinct()
+    keyed = keyed.select(*_places(F.col("user_id"), user_blocks(store)), "user_id", "item_id")
+    condition = _pair_condition(_few(keyed, "user_block"))
+    return store.merge(TABLE, keyed, condition, ["WHEN MATCHED THEN DELETE"])
+
+
+def _pair_condition(blocks: Sequence[int] | None) -> str:
+    """Column names and block numbers only: Delta writes this text into the log."""
+    names = ("user_block", "user_key", "user_id", "item_id")
+    condition = " AND ".join(f"t.{name} = s.{name}" for name in names)
+    if blocks:
+        condition += f" AND t.user_block IN ({', '.join(map(str, blocks))})"
+    return condition
+
+
+# --- ingesting ------------------------------------------------------------------------------
+
+
+def ingest(
+    store: Store,
+    raw: formats.RawRatings,
+    keyed_hash: Callable[[Column], Column] | None = None,
+) -> IngestReport:
+    """Validate, quarantine and upsert the ratings of one input.
+
+    The newest rating of a pair wins, by `rated_at` (an unknown time is the oldest), then by its
+    place: a later line, a later ingest. The same input twice changes nothing. Rows that an
+    accepted tombstone covers are refused, without keeping what they say.
+
+    The quarantine is committed first, then the ratings: a job that dies in between has written no
+    rating, and running it again repeats neither.
+
+    Parameters
+    ----------
+    keyed_hash
+        How the ids of tombstones that are done were hashed; see `requests.covered`.
+
+    Raises
+    ------
+    InputError
+        There are no rows, or not one is usable. Nothing is written.
+    """
+    types = _id_types(store)
+    rows = _typed(raw, types)
+    with formats.explained(raw.source, "this format"):
+        profile = _profile(rows, raw.text_ids and types is None)
+    if profile.read == 0:
+        raise InputError(f"--input {raw.source}: has no ratings; give a file with some")
+    if profile.good == 0:
+        raise InputError(
+            f"--input {raw.source}: none of its {profile.read} rows is usable; "
+            f"the most frequent reason: {profile.worst}"
+        )
+    if types is None:
+        types = _choose_types(raw, profile)
+        rows = _typed(raw, types)
+
+    good = rows.where(F.col("problem").isNull())
+    refused: DataFrame | None = None
+    if tombstones.exists(store):
+        marked = requests.with_requests(
+            good, tombstones.read(store), guard=True, keyed_hash=keyed_hash
+        )
+        good = marked.where(F.size("request_ids") == 0).drop("request_ids")
+        refused = marked.where(F.size("request_ids") > 0).select(
+            F.lit(None).cast("string").alias("raw"),
+            F.concat(F.lit(REFUSED), F.col("request_ids")[0]).alias("reason"),
+            F.lit(None).cast("string").alias("user_id"),
+            F.lit(None).cast("string").alias("item_id"),
+        )
+    bad = rows.where(F.col("problem").isNotNull()).select(
+        "raw",
+        F.col("problem").alias("reason"),
+        F.col("user_id").cast("string").alias("user_id"),
+        F.col("item_id").cast("string").alias("item_id"),
+    )
+    n_refused = refused.count() if refused is not None else 0
+    if profile.bad:
+        quarantine.add(store, raw.source, bad)
+    if refused is not None and n_refused:
+        quarantine.add(store, raw.source, refused)
+
+    n_good = profile.good - n_refused
+    written, version = _upsert(store, good, n_good, types)
+    return IngestReport(
+        read=profile.read,
+        written=written,
+        superseded=n_good - written,
+        quarantined=profile.bad + n_refused,
+        version=version,
+    )
+
+
+def _id_types(store: Store) -> dict[str, T.DataType] | None:
+    """Types of the two id columns; None before the first ingest."""
+    if not store.exists(TABLE):
+        return None
+    schema = read(store).schema
+    return {name: schema[name].dataType for name in ("user_id", "item_id")}
+
+
+def _choose_types(raw: formats.RawRatings, profile: _Profile) -> dict[str, T.DataType]:
+    """Integers where every usable id is one; the types of the input where it has types."""
+    if raw.text_ids:
+        return {
+            name: T.LongType() if integral else T.StringType()
+            for name, integral in profile.integral.items()
+        }
+    return {name: raw.frame.schema[name].dataType for name in ("user_id", "item_id")}
+
+
+def _typed(raw: formats.RawRatings, types: dict[str, T.DataType] | None) -> DataFrame:
+    """The rows with ids in these types; an id without such a value becomes a problem."""
+    rows = raw.frame
+    if types is None:
+        return rows
+    problem = F.col("problem")
+    converted = {}
+    for name, kind in types.items():
+        source = rows.schema[name].dataType
+        converted[name] = F.col(name).cast(kind)
+        if isinstance(source, T.StringType) and not isinstance(kind, T.StringType):
+            converted[name] = requests.typed_id(F.col(name), kind)
+            problem = F.coalesce(problem, F.when(converted[name].isNull(), FOREIGN_ID))
+    return rows.select(
+        "raw",
+        "position",
+        *[column.alias(name) for name, column in converted.items()],
+        "rating",
+        "rated_at",
+        problem.alias("problem"),
+    )
+
+
+def _profile(rows: DataFrame, judge_ids: bool) -> _Profile:
+    """Count the rows by problem in one pass (the reasons are few)."""
+    names = ("user_id", "item_id")
+    integral = [
+        F.min(F.coalesce(requests.typed_id(F.col(name), T.LongType()).isNotNull(), F.lit(False)))
+        if judge_ids
+        else F.lit(False)
+        for name in names
+    ]
+    counts = rows.groupBy("problem").agg(F.count(F.lit(1)), *integral).collect()
+    usable = [row for row in counts if row[0] is None]
+    flags = {name: all(row[2 + index] for row in usable) for index, name in enumerate(names)}
+    return _Profile({row[0]: int(row[1]) for row in counts}, flags)
+
+
+def _newest(good: DataFrame, n_blocks: int) -> DataFrame:
+    """One row a pair: (user_block, user_key, user_id, item_id, rating, rated_at), sorted so.
+
+    One exchange by block serves the grouping and the layout of the files.
+    """
+    keys = ("user_block", "user_key", "user_id", "item_id")
+    placed = good.select(
+        *_places(F.col("user_id"), n_blocks),
+        "user_id",
+        "item_id",
+        F.struct("rated_at", "position", F.col("rating").cast("float").alias("rating")).alias("it"),
+    )
+    newest = placed.repartition(n_blocks, "user_block").groupBy(*keys).agg(F.max("it").alias("it"))
+    newest = newest.select(*keys, F.col("it.rating"), F.col("it.rated_at"))
+    return newest.sortWithinPartitions(*keys)
+
+
+def _upsert(
+    store: Store, good: DataFrame, n_good: int, types: dict[str, T.DataType]
+) -> tuple[int, int | None]:
+    """Write the newest rows; returns how many, and the table's version afterwards."""
+    if n_good == 0:
+        return 0, store.version(TABLE) if store.exists(TABLE) else None
+    if not store.exists(TABLE) or _chosen_user_blocks(store) is None:
+        _create(store, types, _choose_blocks(n_good))
+    version = store.version(TABLE)
+    # Every ingest commits, so the version before it numbers it: 1, 2, 3..., never used twice,
+    # also when all rows of the last ingest were deleted since.
+    ingest_id = version
+    n_blocks = user_blocks(store)
+    if version == _EMPTY_VERSION:
+        rows = _newest(good, n_blocks).withColumn("ingest_id", F.lit(ingest_id).cast("bigint"))
+        version = store.append(TABLE, rows.select(*_COLUMNS))
+        return read(store, version).count(), version
+
+    newest = _newest(good, n_blocks)
+    # A pass over the input to spare blocks of the table, which a few blocks do not repay.
+    blocks = (
+        None
+        if n_blocks <= 4
+        else _few(good.select(*_places(F.col("user_id"), n_blocks)), "user_block")
+    )
+    changes = _changes(newest, read(store, version), blocks)
+    changes = changes.withColumn("ingest_id", F.lit(ingest_id).cast("bigint"))
+    changes = changes.select(*_COLUMNS).persist()
+    try:
+        written = changes.count()
+        if written == 0:
+            return 0, version
+        updated = ("rating", "rated_at", "ingest_id")
+        # A merge even where all pairs are new: a blind append would not see a concurrent ingest.
+        version = store.merge(
+            TABLE,
+            changes,
+            _pair_condition(_few(changes, "user_block")),
+            [
+                "WHEN MATCHED THEN UPDATE SET "
+                + ", ".join(f"t.{name} = s.{name}" for name in updated),
+                "WHEN NOT MATCHED THEN INSERT *",
+            ],
+        )
+    finally:
+        changes.unpersist()
+    return written, version
+
+
+def _changes(newest: DataFrame, table: DataFrame, blocks: Sequence[int] | None) -> DataFrame:
+    """The rows that are new or beat the table's rating of their pair."""
+    if blocks is not None:
+        table = table.where(F.col("user_block").isin(list(blocks)))
+    keys = ["user_block", "user_key", "user_id", "item_id"]
+    known = table.select(
+        *keys,
+        F.col("rating").alias("old_rating"),
+        F.col("rated_at").alias("old_time"),
+        F.lit(True).alias("known"),
+    )
+    joined = newest.join(known, keys, "left")
+    new_time, old_time = F.col("rated_at"), F.col("old_time")
+    later = F.when(old_time.isNull(), new_time.isNotNull()).otherwise(
+        F.coalesce(new_time > old_time, F.lit(False))
+    )
+    other = new_time.eqNullSafe(old_time) & (F.col("rating") != F.col("old_rating"))
+    return joined.where(F.col("known").isNull() | later | other)
+
+
+def _create(store: Store, types: dict[str, T.DataType], n_blocks: int) -> None:
+    schema = T.StructType(
+        [
+            T.StructField("user_id", types["user_id"]),
+            T.StructField("item_id", types["item_id"]),
+            T.StructField("rating", T.FloatType()),
+            T.StructField("rated_at", T.TimestampType()),
+            T.StructField("user_block", T.IntegerType()),
+            T.StructField("user_key", T.IntegerType()),
+            T.StructField("ingest_id", T.LongType()),
+        ]
+    )
+    spec = TableSpec(
+        schema=schema,
+        partition_by=("user_block",),
+        skipping=("user_key", "ingest_id"),
+        deletion_vectors=True,
+    )
+    store.create(TABLE, spec)
+    # Nobody writes to a table without this property, so changing it now breaks no writer.
+    store.spark.sql(
+        f"ALTER TABLE {store.name(TABLE)} "
+        f"SET TBLPROPERTIES ('{USER_BLOCKS_PROPERTY}' = '{n_blocks}')"
+    )
+
+
+def _choose_blocks(n_ratings: int) -> int:
+    """The power of two next above one block per million rows, at most 256."""
+    wanted = max(1, -(-n_ratings // ROWS_PER_BLOCK))
+    return min(MAX_USER_BLOCKS, 1 << (wanted - 1).bit_length())
+
+
+def _places(user_id: Column, n_blocks: int) -> list[Column]:
+    """user_block and user_key: two independent parts of the hash of the id in its stored type."""
+    hashed = F.xxhash64(user_id)
+    return [
+        F.pmod(hashed, F.lit(n_blocks)).cast("int").alias("user_block"),
+        F.pmod(F.shiftright(hashed, 32), F.lit(USER_KEYS)).cast("int").alias("user_key"),
+    ]
+
+
+def _few(rows: DataFrame, column: str) -> list[int] | None:
+    """The distinct values of an int column, or None when they are too many to help."""
+    found = rows.select(column).distinct().limit(_PRUNING_LIMIT + 1).collect()
+    return sorted(row[0] for row in found) if len(found) <= _PRUNING_LIMIT else None

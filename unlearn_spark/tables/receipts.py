@@ -1,0 +1,55 @@
+"""One receipt for every honoured request: what it removed and what was promised afterwards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyspark.sql.types import (
+    DoubleType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+    TimestampType,
+)
+
+from unlearn_spark.tables.store import TableSpec
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from unlearn_spark.tables.models import ModelVersion
+    from unlearn_spark.tables.store import Store
+
+TABLE = "receipts"
+
+SPEC = TableSpec(
+    StructType(
+        [
+            StructField("request_id", StringType()),
+            StructField("model_version", LongType()),
+            StructField("ratings_removed", LongType()),
+            StructField("rows_resolved", LongType()),
+            StructField("max_residual", DoubleType()),
+            StructField("honoured_at", TimestampType()),
+            StructField("purged_at", TimestampType()),
+        ]
+    ),
+)
+
+
+def read(store: Store, model: ModelVersion) -> DataFrame | None:
+    """Receipts that the published version stands for; None before the first."""
+    if model.receipts_version is None:
+        return None
+    return store.read(TABLE, model.receipts_version)
+
+
+def append(store: Store, model: ModelVersion, rows: DataFrame) -> int:
+    """Add receipts after those of `model`; what a dead job left behind is dropped first."""
+    store.create(TABLE, SPEC)
+    if model.receipts_version is not None:
+        store.restore(TABLE, model.receipts_version)
+    elif store.read(TABLE).limit(1).count():
+        store.restore(TABLE, 0)
+    return store.append(TABLE, rows.select(*SPEC.schema.names))

@@ -1,0 +1,98 @@
+"""The recommendations table: the best items of each user, replaced as a whole by every run.
+
+It holds ids, so it has the layout of the other tables: none of them in the log, none in a
+partition value.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F
+from pyspark.sql.types import (
+    DataType,
+    FloatType,
+    IntegerType,
+    LongType,
+    StructField,
+    StructType,
+)
+
+from unlearn_spark.errors import InputError
+from unlearn_spark.tables.store import TableSpec
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from unlearn_spark.tables.store import Store
+
+TABLE = "recommendations"
+
+
+def spec(user_type: DataType, item_type: DataType) -> TableSpec:
+    """user_id, rank (1 is best), item_id, score, and the model version that said so."""
+    return TableSpec(
+        StructType(
+            [
+                StructField("user_id", user_type),
+                StructField("rank", IntegerType()),
+                StructField("item_id", item_type),
+                StructField("score", FloatType()),
+                StructField("model_version", LongType()),
+            ]
+        ),
+        skipping=("rank", "model_version"),
+    )
+
+
+def flatten(recommendations: DataFrame, model_version: int) -> DataFrame:
+    """One row for each place of `als.scoring.top_n`'s lists (id, recommendations)."""
+    entries = recommendations.select(
+        F.col("id").alias("user_id"), F.posexplode("recommendations").alias("place", "entry")
+    )
+    return entries.select(
+        "user_id",
+        (F.col("place") + 1).cast("int").alias("rank"),
+        F.col("entry.id").alias("item_id"),
+        F.col("entry.rating").alias("score"),
+        F.lit(model_version).cast("bigint").alias("model_version"),
+    )
+
+
+def write(store: Store, rows: DataFrame) -> str:
+    """Replace the table by `flatten`'s rows; returns where it is."""
+    store.create(TABLE, spec(rows.schema["user_id"].dataType, rows.schema["item_id"].dataType))
+    store.overwrite(TABLE, rows)
+    return store.location(TABLE) if store.root is not None else store.name(TABLE)
+
+
+def check_export(path: str) -> None:
+    """Fail before the work where `export` could not write.
+
+    Raises
+    ------
+    InputError
+        A local path exists already, unless it is a Delta table, or cannot be created.
+    """
+    if "://" in path or path.startswith(("dbfs:", "/Volumes/")):
+        return
+    target = Path(path)
+    if target.exists() and not (target.suffix == "" and (target / "_delta_log").is_dir()):
+        raise InputError(f"--output {path}: exists already; name another or remove it")
+    existing = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--output {path}: {existing} is no writable directory; name another")
+
+
+def export(rows: DataFrame, path: str) -> None:
+    """Write rows to a directory, as Spark does: CSV with a header for `.csv`, Parquet for
+    `.parquet`, otherwise a Delta table, which is replaced if it is there."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        rows.write.mode("error").option("header", True).csv(path)
+    elif suffix == ".parquet":
+        rows.write.mode("error").parquet(path)
+    else:
+        rows.write.format("delta").mode("overwrite").option("overwriteSchema", True).save(path)

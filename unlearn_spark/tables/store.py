@@ -1,0 +1,280 @@
+"""Delta tables by path or by catalog name: the only module that turns a table into a location.
+
+Everything goes through SQL and the DataFrame readers and writers, which work alike on a classic
+session and over Spark Connect (the `DeltaTable` class does not).
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F
+
+from unlearn_spark.config import Settings
+from unlearn_spark.errors import ConflictError, InputError, SettingsError, TableMissingError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql.types import StructType
+
+MADE_BY = {
+    "ratings": "jobs/ingest_ratings.py",
+    "quarantine": "jobs/ingest_ratings.py",
+    "tombstones": "jobs/ingest_tombstones.py",
+    "models": "jobs/train.py",
+    "user_factors": "jobs/train.py",
+    "item_factors": "jobs/train.py",
+    "ledger": "jobs/train.py",
+    "rating_blocks": "jobs/train.py",
+    "rating_changes": "jobs/train.py",
+    "receipts": "jobs/unlearn.py",
+    "audits": "jobs/audit.py",
+}
+
+_CONFLICTS = (
+    "ConcurrentAppendException",
+    "ConcurrentDeleteReadException",
+    "ConcurrentDeleteDeleteException",
+    "ConcurrentTransactionException",
+    "ConcurrentWriteException",
+    "MetadataChangedException",
+    "ProtocolChangedException",
+    "DELTA_CONCURRENT",
+    "DELTA_METADATA_CHANGED",
+)
+
+# Published versions name Delta versions, which must stay readable until `purge` says otherwise:
+# Delta refuses time travel past deletedFileRetentionDuration even while the files exist.
+_PROPERTIES = {
+    "delta.deletedFileRetentionDuration": "interval 3650 days",
+    "delta.logRetentionDuration": "interval 3650 days",
+    "delta.checkpointInterval": "20",
+}
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """How a table is created.
+
+    Attributes
+    ----------
+    schema
+        Columns in order.
+    partition_by
+        Partition columns; never an id, because partition values stand in the log in clear.
+    skipping
+        Columns whose min/max statistics Delta may keep. Never an id or a rating: the log outlives
+        the rows.
+    deletion_vectors
+        Deletes mark rows instead of rewriting files; `purge` rewrites them later.
+    """
+
+    schema: StructType
+    partition_by: tuple[str, ...] = ()
+    skipping: tuple[str, ...] = ()
+    deletion_vectors: bool = False
+
+
+def check_root(settings: Settings) -> None:
+    """Fail early, in one line, where tables cannot be kept.
+
+    Raises
+    ------
+    SettingsError
+        Neither root nor catalog is given, or a local root cannot be created or written.
+    """
+    if settings.catalog is not None:
+        return
+    if not settings.root:
+        raise SettingsError(
+            "no place for the tables: give --root DIR, or root or catalog in --conf"
+        )
+    if "://" in settings.root or settings.root.startswith(("dbfs:", "/Volumes/")):
+        return
+    path = Path(settings.root)
+    existing = next((p for p in [path, *path.absolute().parents] if p.exists()), Path("/"))
+    if not existing.is_dir():
+        raise SettingsError(f"--root {settings.root}: {existing} is a file; name a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingsError(f"--root {settings.root}: {existing} is not writable; name another")
+
+
+class Store:
+    """The product's tables under one root directory, or in one catalog schema."""
+
+    def __init__(
+        self, spark: SparkSession, root: str | None = None, catalog: str | None = None
+    ) -> None:
+        if (root is None) == (catalog is None):
+            raise SettingsError("give exactly one of root and catalog")
+        self.spark = spark
+        self.root = None if root is None else self._absolute(root)
+        self.catalog = catalog
+
+    @staticmethod
+    def _absolute(root: str) -> str:
+        if "://" in root or root.startswith("dbfs:"):
+            return root.rstrip("/")
+        return str(Path(root).absolute())
+
+    def location(self, table: str) -> str:
+        """The table's directory, where tables are kept by path."""
+        if self.root is None:
+            raise SettingsError(f"table {table} is in catalog {self.catalog}, not under a root")
+        return f"{self.root}/{table}"
+
+    def name(self, table: str) -> str:
+        """The table as SQL writes it."""
+        return f"{self.catalog}.{table}" if self.catalog else f"delta.`{self.location(table)}`"
+
+    def exists(self, table: str) -> bool:
+        if self.catalog:
+            return bool(self.spark.catalog.tableExists(self.name(table)))
+        if "://" not in self.location(table):
+            return Path(self.location(table), "_delta_log").is_dir()
+        try:
+            self.spark.read.format("delta").load(self.location(table)).schema  # noqa: B018
+        except Exception as error:
+            if "DELTA_TABLE_NOT_FOUND" in str(error) or "PATH_NOT_FOUND" in str(error):
+                return False
+            if "DELTA_MISSING_DELTA_TABLE" in str(error) or "not a Delta table" in str(error):
+                return False
+            raise
+        return True
+
+    def require(self, table: str) -> None:
+        """Raise TableMissingError, naming the job that makes the table, unless it exists."""
+        if not self.exists(table):
+            maker = MADE_BY.get(table, "an earlier job")
+            raise TableMissingError(
+                f"table {table} is missing under {self.root or self.catalog}; run {maker} first"
+            )
+
+    def read(self, table: str, version: int | None = None) -> DataFrame:
+        """The table, at a Delta version or (None) as it is now."""
+        self.require(table)
+        if self.catalog:
+            suffix = "" if version is None else f" VERSION AS OF {version}"
+            return self.spark.sql(f"SELECT * FROM {self.name(table)}{suffix}")
+        reader = self.spark.read.format("delta")
+        if version is not None:
+            reader = reader.option("versionAsOf", version)
+        return reader.load(self.location(table))
+
+    def version(self, table: str) -> int:
+        """The newest Delta version of a table."""
+        self.require(table)
+        row = self.spark.sql(f"DESCRIBE HISTORY {self.name(table)} LIMIT 1").first()
+        assert row is not None
+        return int(row["version"])
+
+    def create(self, table: str, spec: TableSpec) -> None:
+        """Create the table if it is not there; all its properties are set here, once.
+
+        Changing properties later would break every writer in flight.
+        """
+        if self.exists(table):
+            return
+        columns = ", ".join(
+            f"`{f.name}` {f.dataType.simpleString()}{'' if f.nullable else ' NOT NULL'}"
+            for f in spec.schema.fields
+        )
+        properties = {
+            **_PROPERTIES,
+            "delta.dataSkippingStatsColumns": ",".join(spec.skipping),
+            "delta.enableDeletionVectors": str(spec.deletion_vectors).lower(),
+        }
+        if not spec.skipping:
+            del properties["delta.dataSkippingStatsColumns"]
+            properties["delta.dataSkippingNumIndexedCols"] = "0"
+        listed = ", ".join(f"'{key}' = '{value}'" for key, value in properties.items())
+        partition = f" PARTITIONED BY ({', '.join(spec.partition_by)})" if spec.partition_by else ""
+        with self._explained(table):
+            self.spark.sql(
+                f"CREATE TABLE IF NOT EXISTS {self.name(table)} ({columns}) USING delta"
+                f"{partition} TBLPROPERTIES ({listed})"
+            )
+
+    def append(self, table: str, rows: DataFrame) -> int:
+        """Append rows; returns the Delta version that holds them."""
+        return self._write(table, rows, "append", {})
+
+    def overwrite(self, table: str, rows: DataFrame) -> int:
+        """Replace all rows; the earlier versions stay readable."""
+        return self._write(table, rows, "overwrite", {"partitionOverwriteMode": "static"})
+
+    def overwrite_partitions(self, table: str, rows: DataFrame) -> int:
+        """Replace just the partitions that occur in `rows`; all other files stay as they are."""
+        return self._write(table, rows, "overwrite", {"partitionOverwriteMode": "dynamic"})
+
+    def replace_where(self, table: str, rows: DataFrame, predicate: str) -> int:
+        """Replace the rows that meet a predicate on partition columns (no ids: it is logged)."""
+        return self._write(table, rows, "overwrite", {"replaceWhere": predicate})
+
+    def _write(self, table: str, rows: DataFrame, mode: str, options: Mapping[str, str]) -> int:
+        token = uuid.uuid4().hex
+        writer = rows.write.format("delta").mode(mode).options(**options)
+        writer = writer.option("userMetadata", token)
+        with self._explained(table):
+            if self.catalog:
+                writer.saveAsTable(self.name(table))
+            else:
+                writer.save(self.location(table))
+        return self._version_of(table, token)
+
+    def _version_of(self, table: str, token: str) -> int:
+        """The version that a write of ours made, even when others have committed since."""
+        history = self.spark.sql(f"DESCRIBE HISTORY {self.name(table)} LIMIT 50")
+        row = history.where(F.col("userMetadata") == token).select("version").first()
+        return int(row["version"]) if row is not None else self.version(table)
+
+    def merge(
+        self,
+        table: str,
+        source: DataFrame,
+        condition: str,
+        clauses: Sequence[str],
+    ) -> int:
+        """`MERGE INTO table AS t USING source AS s ON condition clauses...` in SQL.
+
+        Only column names belong in the condition: Delta writes its text into the log.
+        Returns the newest version afterwards (a merge that changes nothing makes none).
+        """
+        view = f"merge_source_{uuid.uuid4().hex}"
+        source.createOrReplaceTempView(view)
+        try:
+            with self._explained(table):
+                self.spark.sql(
+                    f"MERGE INTO {self.name(table)} AS t USING {view} AS s ON {condition} "
+                    + " ".join(clauses)
+                ).collect()
+        finally:
+            self.spark.catalog.dropTempView(view)
+        return self.version(table)
+
+    def restore(self, table: str, version: int) -> None:
+        """Make an earlier version the current one, by a commit that copies no data."""
+        if self.version(table) != version:
+            with self._explained(table):
+                self.spark.sql(f"RESTORE TABLE {self.name(table)} TO VERSION AS OF {version}")
+
+    @contextmanager
+    def _explained(self, table: str) -> Iterator[None]:
+        """Tell a lost race and an unwritable place from every other failure."""
+        try:
+            yield
+        except Exception as error:
+            text = str(error)
+            if any(mark in text for mark in _CONFLICTS):
+                raise ConflictError(
+                    f"table {table}: another job committed at the same time; run this job again"
+                ) from error
+            if "AccessControlException" in text or "Permission denied" in text:
+                raise InputError(f"table {table}: {self.name(table)} is not writable") from error
+            raise

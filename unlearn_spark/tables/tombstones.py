@@ -1,0 +1,299 @@
+"""The tombstones table: every accepted deletion request, append-only, ids as strings."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from pyspark.sql import Window
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from unlearn_spark.errors import InputError, SettingsError
+from unlearn_spark.tables import formats, quarantine
+from unlearn_spark.tables.store import Store, TableSpec
+from unlearn_spark.unlearning.requests import HASHED_ID, SCOPES
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+TABLE = "tombstones"
+FORMATS = ("csv", "jsonl", "parquet", "delta")
+
+CONFLICT = "request_id was used before with other content"
+
+_TEXTS = ("request_id", "scope", "user_id", "item_id")
+_TIMES = ("from_ts", "to_ts", "requested_at")
+_COLUMNS = _TEXTS + _TIMES
+_SUFFIXES = {
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
+
+SPEC = TableSpec(
+    schema=T.StructType(
+        [
+            *[T.StructField(name, T.StringType()) for name in _TEXTS],
+            *[T.StructField(name, T.TimestampType()) for name in _TIMES],
+            T.StructField("accepted_at", T.TimestampType()),
+        ]
+    )
+)
+
+
+@dataclass(frozen=True)
+class TombstoneReport:
+    """What became of the requests: `read == accepted + duplicates + quarantined`."""
+
+    read: int
+    accepted: int
+    duplicates: int
+    quarantined: int
+    version: int | None
+
+
+def exists(store: Store) -> bool:
+    """Whether any request was ever accepted."""
+    return store.exists(TABLE)
+
+
+def read(store: Store, version: int | None = None) -> DataFrame:
+    """Tombstones at a Delta version, or (None) as they are now.
+
+    Columns: request_id, scope, user_id, item_id (strings), from_ts, to_ts, requested_at and
+    accepted_at (timestamps).
+    """
+    return store.read(TABLE, version)
+
+
+def version(store: Store) -> int | None:
+    """The newest Delta version, or None when there is no table."""
+    return store.version(TABLE) if exists(store) else None
+
+
+def ingest(store: Store, path: str, format: str | None = None) -> TombstoneReport:
+    """Validate requests, drop repeated ones, and append the new ones.
+
+    A request is known by its `request_id`: the same content again is a duplicate, other content is
+    quarantined (the first one stands). A request without `requested_at` was made now.
+
+    Raises
+    ------
+    InputError
+        The input cannot be read, is empty, or holds no usable request. Nothing is written.
+    """
+    format = format or _guess_format(store.spark, path)
+    formats.check_exists(path)
+    with formats.explained(path, format):
+        rows = _judged(_read_raw(store.spark, path, format)).persist()
+        problems = {row[0]: int(row[1]) for row in rows.groupBy("problem").count().collect()}
+    try:
+        total = sum(problems.values())
+        if total == 0:
+            raise InputError(f"--input {path}: has no requests; give a file with some")
+        if None not in problems:
+            worst = max(problems, key=lambda problem: (problems[problem], problem))
+            raise InputError(
+                f"--input {path}: none of its {total} requests is usable; "
+                f"the most frequent reason: {worst}"
+            )
+        store.create(TABLE, SPEC)
+        sorted_out = _sort_out(rows.where(F.col("problem").isNull()), read(store)).persist()
+        try:
+            fates = {row[0]: int(row[1]) for row in sorted_out.groupBy("fate").count().collect()}
+            refused = rows.where(F.col("problem").isNotNull()).unionByName(
+                sorted_out.where(F.col("fate") == "conflict")
+                .withColumn("problem", F.lit(CONFLICT))
+                .drop("fate")
+            )
+            n_refused = total - problems[None] + fates.get("conflict", 0)
+            if n_refused:
+                quarantine.add(
+                    store,
+                    path,
+                    refused.select("raw", F.col("problem").alias("reason"), "user_id", "item_id"),
+                )
+            newest = store.version(TABLE)
+            if fates.get("accepted"):
+                newest = _append(store, sorted_out.where(F.col("fate") == "accepted"))
+        finally:
+            sorted_out.unpersist()
+    finally:
+        rows.unpersist()
+    return TombstoneReport(
+        read=total,
+        accepted=fates.get("accepted", 0),
+        duplicates=fates.get("duplicate", 0),
+        quarantined=n_refused,
+        version=newest,
+    )
+
+
+def _append(store: Store, accepted: DataFrame) -> int:
+    now = F.current_timestamp()
+    accepted = accepted.withColumn("requested_at", F.coalesce("requested_at", now))
+    accepted = accepted.withColumn("accepted_at", now).select(*SPEC.schema.names)
+    # A merge that only inserts: a blind append would not see what a concurrent job accepted.
+    return store.merge(
+        TABLE, accepted, "t.request_id = s.request_id", ["WHEN NOT MATCHED THEN INSERT *"]
+    )
+
+
+def _sort_out(good: DataFrame, known: DataFrame) -> DataFrame:
+    """The rows with `fate`: accepted, duplicate or conflict."""
+    content = ("scope", "user_id", "item_id", "from_ts", "to_ts", "requested_at")
+    one_request = Window.partitionBy("request_id").orderBy("position")
+    packed = good.withColumn("mine", F.struct(*content))
+    packed = packed.withColumn("rank", F.row_number().over(one_request)).withColumn(
+        "first", F.first("mine").over(one_request)
+    )
+    known = known.select(F.col("request_id"), F.struct(*content).alias("theirs"))
+    joined = packed.join(known, "request_id", "left")
+    is_known = F.col("theirs").isNotNull()
+    fate = (
+        F.when(is_known & _same(F.col("mine"), F.col("theirs")), "duplicate")
+        .when(is_known, "conflict")
+        .when(F.col("rank") == 1, "accepted")
+        .when(_same(F.col("mine"), F.col("first")), "duplicate")
+        .otherwise("conflict")
+    )
+    return joined.withColumn("fate", fate).select(*good.columns, "fate")
+
+
+def _same(mine: Column, other: Column) -> Column:
+    """Equal in content; a missing `requested_at` says nothing, and a hashed id cannot be told."""
+    tests = [mine[name].eqNullSafe(other[name]) for name in ("scope", "from_ts", "to_ts")]
+    for name in ("user_id", "item_id"):
+        tests.append(
+            mine[name].eqNullSafe(other[name])
+            | (mine[name].isNotNull() & F.coalesce(other[name].startswith(HASHED_ID), F.lit(False)))
+        )
+    mine_at, other_at = mine["requested_at"], other["requested_at"]
+    tests.append(mine_at.isNull() | other_at.isNull() | (mine_at == other_at))
+    return reduce(lambda left, right: left & right, tests)
+
+
+# --- reading requests -----------------------------------------------------------------------
+
+
+def _guess_format(spark: SparkSession, path: str) -> str:
+    name = PurePosixPath(path.rstrip("/"))
+    suffixes = [suffix.lower() for suffix in name.suffixes if suffix.lower() != ".gz"]
+    if suffixes and suffixes[-1] in _SUFFIXES:
+        return _SUFFIXES[suffixes[-1]]
+    if Store(spark, root=str(name.parent)).exists(name.name):
+        return "delta"
+    raise SettingsError(f"--input {path}: say with --format which of {', '.join(FORMATS)} it is")
+
+
+def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
+    """raw, position, earlier (problem), and the columns of a request; times in any type."""
+    if format in ("parquet", "delta"):
+        rows = spark.read.format(format).load(path)
+        _require_columns(rows.columns, path)
+        chosen = [
+            F.col(name).cast("string").alias(name) if name in _TEXTS else F.col(name)
+            for name in _COLUMNS
+            if name in rows.columns
+        ]
+        rows = rows.select(*chosen)
+        for name in _COLUMNS:
+            if name not in rows.columns:
+                rows = rows.withColumn(name, F.lit(None).cast("string"))
+        return rows.select(
+            F.to_json(F.struct(*_COLUMNS)).alias("raw"),
+            F.monotonically_increasing_id().alias("position"),
+            F.lit(None).cast("string").alias("earlier"),
+            *_COLUMNS,
+        )
+    first = formats.first_line(spark, path)
+    if format == "csv":
+        names = [name.strip() for name in next(csv.reader([first]))]
+        _require_columns(names, path)
+        lines = formats.lines_below_header(spark, path, first)
+        lines = lines.withColumn("fields", formats.csv_fields(len(names)))
+        earlier = F.when(F.col("fields").isNull(), formats.WRONG_WIDTH)
+        values = {name: F.col("fields")[names.index(name)] for name in _COLUMNS if name in names}
+    else:
+        lines = formats.lines(spark, path)
+        schema = ", ".join(f"{name} string" for name in (*_COLUMNS, "malformed"))
+        options = {"columnNameOfCorruptRecord": "malformed"}
+        lines = lines.withColumn("fields", F.from_json("raw", schema, options))
+        earlier = F.when(F.col("fields.malformed").isNotNull(), "is not a JSON object")
+        values = {name: F.col("fields")[name] for name in _COLUMNS}
+    texts = [
+        (F.nullif(F.trim(values[name]), F.lit("")) if name in values else F.lit(None))
+        .cast("string")
+        .alias(name)
+        for name in _COLUMNS
+    ]
+    return lines.select("raw", "position", earlier.alias("earlier"), *texts)
+
+
+def _require_columns(names: list[str], path: str) -> None:
+    for name in ("request_id", "scope"):
+        if name not in names:
+            raise InputError(
+                f"--input {path}: has no column {name} (found: {', '.join(names)[:120]}); "
+                f"requests have {', '.join(_COLUMNS)}"
+            )
+    for name in _COLUMNS:
+        if names.count(name) > 1:
+            raise InputError(f"--input {path}: has two columns {name}; rename one")
+
+
+def _judged(rows: DataFrame) -> DataFrame:
+    """Convert the times and find each row's first problem."""
+    rows = rows.withColumn("scope", F.lower("scope"))
+    times, time_problems = {}, []
+    for name in _TIMES:
+        times[name], problem = formats.timestamp_of(F.col(name), rows.schema[name].dataType)
+        # Reasons are written for ratings: here each names its own column.
+        time_problems.append(F.replace(problem, F.lit("rated_at"), F.lit(name)))
+    scope = F.col("scope")
+
+    def missing(column: str) -> Column:
+        return F.coalesce(F.col(column).cast("string"), F.lit("")) == ""
+
+    def unless_in(column: str, *scopes: str) -> Column:
+        return F.when(
+            ~missing(column) & ~scope.isin(*scopes), f"{column} does not belong to this scope"
+        )
+
+    def needed_in(column: str, *scopes: str) -> Column:
+        return F.when(missing(column) & scope.isin(*scopes), f"{column} is missing for this scope")
+
+    problem = F.coalesce(
+        F.col("earlier"),
+        F.when(missing("request_id"), "request_id is missing"),
+        F.when(missing("scope"), "scope is missing"),
+        F.when(~scope.isin(*SCOPES), f"scope is none of {', '.join(SCOPES)}"),
+        needed_in("user_id", "user", "rating", "window"),
+        needed_in("item_id", "item", "rating"),
+        F.when(
+            (scope == "reinstate") & missing("user_id") & missing("item_id"),
+            "reinstate needs user_id or item_id",
+        ),
+        # A request that says more than its scope would delete more than it says.
+        unless_in("user_id", "user", "rating", "window", "reinstate"),
+        unless_in("item_id", "item", "rating", "reinstate"),
+        unless_in("from_ts", "window"),
+        unless_in("to_ts", "window"),
+        *time_problems,
+        needed_in("from_ts", "window"),
+        needed_in("to_ts", "window"),
+        F.when(times["from_ts"] >= times["to_ts"], "from_ts is not before to_ts"),
+    )
+    return rows.select(
+        "raw",
+        "position",
+        *_TEXTS,
+        *[times[name].alias(name) for name in _TIMES],
+        problem.alias("problem"),
+    )

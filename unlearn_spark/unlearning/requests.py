@@ -1,0 +1,222 @@
+"""Which ratings a deletion request covers.
+
+A tombstone has a scope: `user` (all ratings of a user), `item` (all of an item), `rating` (one
+pair, as it was rated up to the request) or `window` (a user's ratings with
+`from_ts <= rated_at < to_ts`, up to the request). `reinstate` lifts the earlier user or item
+tombstones of an id.
+
+Tombstones are used in two ways, which differ only after a reinstatement:
+
+========  ==============================  =====================================================
+use       question                        a user or item tombstone that was lifted since
+========  ==============================  =====================================================
+guard     may this rating be stored?      covers nothing any more
+honour    which ratings must go now?      still covers what was rated up to its `requested_at`
+========  ==============================  =====================================================
+
+A rating whose time is unknown counts as older than every request, and is in no window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame
+
+SCOPES = ("user", "item", "rating", "window", "reinstate")
+
+HASHED_ID = "hmac-sha256:"
+"""How an id begins that a keyed hash has replaced, once the request is done and purged."""
+
+
+def effective(tombstones: DataFrame) -> DataFrame:
+    """The deletion requests among the tombstones, with `reinstated_at` (timestamp) beside them.
+
+    `reinstated_at` is the first reinstatement of the request's user or item that is later than
+    the request; null while the request is in force, and always for `rating` and `window`.
+    A reinstatement at the very time of the request does not lift it.
+    """
+    lifts = tombstones.where(F.col("scope") == "reinstate")
+    lifts = lifts.select(
+        F.explode(
+            F.array(
+                *[
+                    F.struct(F.lit(scope).alias("scope"), F.col(f"{scope}_id").alias("id"))
+                    for scope in ("user", "item")
+                ]
+            )
+        ).alias("lifted"),
+        F.col("requested_at").alias("at"),
+    ).where(F.col("lifted.id").isNotNull())
+    lifts = lifts.groupBy(
+        F.col("lifted.scope").alias("lift_scope"), F.col("lifted.id").alias("lift_id")
+    ).agg(F.collect_list("at").alias("lifts"))
+    requests = tombstones.where(F.col("scope") != "reinstate")
+    target = F.when(F.col("scope") == "user", F.col("user_id")).when(
+        F.col("scope") == "item", F.col("item_id")
+    )
+    joined = requests.join(
+        F.broadcast(lifts),
+        (F.col("scope") == F.col("lift_scope")) & (target == F.col("lift_id")),
+        "left",
+    )
+    later = F.filter("lifts", lambda at: at > F.col("requested_at"))
+    return joined.withColumn("reinstated_at", F.array_min(later)).drop(
+        "lift_scope", "lift_id", "lifts"
+    )
+
+
+def covered(
+    ratings: DataFrame,
+    tombstones: DataFrame,
+    guard: bool,
+    keyed_hash: Callable[[Column], Column] | None = None,
+) -> DataFrame:
+    """The ratings that requests cover: one row per rating and request, with its `request_id`.
+
+    Parameters
+    ----------
+    ratings
+        user_id and item_id (string or bigint), rated_at timestamp, and any other columns.
+    tombstones
+        The tombstones table, or (some rows of) `effective` of it: a part of the table alone does
+        not show which requests were lifted. Assumed to fit in memory: it is broadcast.
+    guard
+        True asks what may not be stored, False what must be removed (see the module).
+    keyed_hash
+        How ids (strings) were hashed in tombstones that are done, as a Column expression, for
+        example `hmac_sha256` with its key; without it, hashed tombstones cover nothing.
+    """
+    marked = with_requests(ratings, tombstones, guard, keyed_hash)
+    return marked.withColumn("request_id", F.explode("request_ids")).drop("request_ids")
+
+
+def retained(
+    ratings: DataFrame,
+    tombstones: DataFrame,
+    guard: bool = True,
+    keyed_hash: Callable[[Column], Column] | None = None,
+) -> DataFrame:
+    """The ratings that no request covers; parameters as for `covered`."""
+    marked = with_requests(ratings, tombstones, guard, keyed_hash)
+    return marked.where(F.size("request_ids") == 0).drop("request_ids")
+
+
+def with_requests(
+    ratings: DataFrame,
+    tombstones: DataFrame,
+    guard: bool,
+    keyed_hash: Callable[[Column], Column] | None = None,
+) -> DataFrame:
+    """The ratings with `request_ids` array<string>: the requests that cover each, in order.
+
+    Parameters as for `covered`.
+    """
+    if "reinstated_at" not in tombstones.columns:
+        tombstones = effective(tombstones)
+    rules = _rules(tombstones, guard)
+    nothing = F.array().cast("array<string>")
+    marked = ratings
+    found = []
+    for side in ("user", "item"):
+        mine = _by_id(rules.where(F.col("by") == side), ratings, f"{side}_id", keyed_hash)
+        mine = mine.toDF(f"__{side}_id", f"__{side}_rules")
+        marked = marked.join(
+            F.broadcast(mine), F.col(f"{side}_id") == F.col(f"__{side}_id"), "left"
+        ).drop(f"__{side}_id")
+        here = F.col(f"__{side}_rules")
+        holding = F.filter(here, lambda rule: _holds(rule, keyed_hash))
+        names = F.transform(holding, lambda rule: rule["request_id"])
+        found.append(F.when(here.isNull(), nothing).otherwise(names))
+    return marked.withColumn("request_ids", F.array_sort(F.concat(*found))).drop(
+        "__user_rules", "__item_rules"
+    )
+
+
+def hmac_sha256(id: Column, key: bytes) -> Column:
+    """`hmac-sha256:` and the hex HMAC-SHA256 (RFC 2104) of a string, without a Python worker.
+
+    The padded key is a literal of the plan: a Spark event log, where one is kept, would show it.
+    """
+    block = (key if len(key) <= 64 else hashlib.sha256(key).digest()).ljust(64, b"\0")
+    inner_key = F.lit(bytearray(byte ^ 0x36 for byte in block))
+    outer_key = F.lit(bytearray(byte ^ 0x5C for byte in block))
+    inner = F.unhex(F.sha2(F.concat(inner_key, F.encode(id, "UTF-8")), 256))
+    return F.concat(F.lit(HASHED_ID), F.sha2(F.concat(outer_key, inner), 256))
+
+
+def _rules(requests: DataFrame, guard: bool) -> DataFrame:
+    """(by, id, rule): every request in one form, looked up by its user or its item.
+
+    A rule covers a rating of that id if the item matches (where it names one), the time is in
+    [from, to) (where it has these), and not after `until` (where it has that).
+    """
+    scope = F.col("scope")
+    lifted = F.col("reinstated_at").isNotNull()
+    in_force = ~(lifted & scope.isin("user", "item")) if guard else F.lit(True)
+    open_ended = scope.isin("user", "item") & ~lifted
+    rule = F.struct(
+        F.col("request_id"),
+        F.when(scope == "rating", F.col("item_id")).alias("item"),
+        F.when(scope == "window", F.col("from_ts")).alias("from"),
+        F.when(scope == "window", F.col("to_ts")).alias("to"),
+        F.when(~open_ended, F.col("requested_at")).alias("until"),
+    )
+    by_item = scope == "item"
+    return requests.where(in_force).select(
+        F.when(by_item, "item").otherwise("user").alias("by"),
+        F.when(by_item, F.col("item_id")).otherwise(F.col("user_id")).alias("id"),
+        rule.alias("rule"),
+    )
+
+
+def _by_id(
+    rules: DataFrame,
+    ratings: DataFrame,
+    column: str,
+    keyed_hash: Callable[[Column], Column] | None,
+) -> DataFrame:
+    """(id in the ratings' type, array of rules); an id that is no value of that type is dropped."""
+    cast = typed_id(F.col("id"), ratings.schema[column].dataType)
+    plain = rules.select(cast.alias("id"), "rule").where(F.col("id").isNotNull())
+    if keyed_hash is not None:
+        hashed = rules.where(F.col("id").startswith(HASHED_ID)).select(
+            F.col("id").alias("hash"), "rule"
+        )
+        names = ratings.select(F.col(column).alias("id")).distinct()
+        names = names.withColumn("hash", keyed_hash(F.col("id").cast("string")))
+        plain = plain.unionByName(names.join(F.broadcast(hashed), "hash").select("id", "rule"))
+    return plain.groupBy("id").agg(F.collect_list("rule").alias("rules"))
+
+
+def typed_id(id: Column, kind: T.DataType) -> Column:
+    """A string id in the type of a ratings column: null unless it is written just so (007 is not).
+
+    Casting the few ids of the requests, not the many of the ratings, keeps joins cheap.
+    """
+    if isinstance(kind, T.StringType):
+        return id
+    number = id.try_cast(kind)
+    return F.when(number.cast("string") == id, number)
+
+
+def _holds(rule: Column, keyed_hash: Callable[[Column], Column] | None) -> Column:
+    rated_at = F.col("rated_at")
+    item = F.col("item_id").cast("string")
+    same_item = rule["item"] == item
+    if keyed_hash is not None:
+        same_item = same_item | (rule["item"] == keyed_hash(item))
+    tests = [
+        rule["item"].isNull() | same_item,
+        rule["from"].isNull() | F.coalesce(rated_at >= rule["from"], F.lit(False)),
+        rule["to"].isNull() | F.coalesce(rated_at < rule["to"], F.lit(False)),
+        rule["until"].isNull() | F.coalesce(rated_at <= rule["until"], F.lit(True)),
+    ]
+    return reduce(lambda left, right: left & right, tests)
