@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench bench-large clean
+.PHONY: help setup demo test test-all check format bench clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,10 @@ $(READY): requirements.txt setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	$(BIN)/python -m unlearn_spark.session
 	touch $@
+
+demo: setup ## ratings -> model -> forgetting -> audit; INPUT=path FORMAT=... takes your ratings
+	rm -rf demo-output
+	$(BIN)/python jobs/demo.py --root demo-output $(if $(INPUT),--input $(INPUT) --format $(or $(FORMAT),csv))
 
 test: setup ## the tests (below 15 minutes on 2 cores)
 	$(BIN)/python -m pytest
@@ -35,6 +39,9 @@ check: setup ## lint and types
 format: setup ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: setup ## sweeps side by side with Spark MLlib; writes benchmarks/results/
+	$(BIN)/python benchmarks/sweep.py
 
 clean: ## remove what the demo wrote
 	rm -rf demo-output

@@ -58,9 +58,7 @@ class UnlearnSettings(_Section):
     direct_rows: Literal["resolve", "threshold"] = "resolve"
     """Re-solve every row that itself lost a rating, or only those over tolerance."""
     max_rounds: int = Field(40, ge=1)
-    """Frontier rounds before the ledger is rescanned."""
-    sweep_share: float = Field(0.5, gt=0, le=1)
-    """A frontier with more than this share of a side's ratings becomes a whole half-sweep."""
+    """Frontier rounds before everything is swept instead."""
 
 
 class ExecutionSettings(_Section):

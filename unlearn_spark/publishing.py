@@ -119,6 +119,7 @@ def publish_fit(
         "objective": summary.objective,
         "max_residual": summary.max_residual,
         "seconds": summary.seconds,
+        "history": [report["max_residual"] for report in summary.history],
         **more.pop("metrics", {}),
     }
     return models.publish(

@@ -75,8 +75,8 @@ LEDGER_SPEC = TableSpec(
     skipping=("slot",),
 )
 """bound >= ||A x - b|| / ||b|| of the row. `gradient_norm` is an upper bound of the numerator,
-`b_norm` a lower bound of the denominator. In implicit mode the bound grows by
-`(drift - drift_mark) * factor_norm / b_norm` as the other side's Gram matrix drifts."""
+`b_norm` a lower bound of the denominator. `drift_mark` is the drift of the other side's Gram matrix
+that the entry does not contain yet; jobs fold all of it in, so it is 0."""
 
 RATING_BLOCKS_SPEC = TableSpec(
     _fields(

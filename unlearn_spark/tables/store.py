@@ -34,6 +34,7 @@ MADE_BY = {
     "rating_blocks": "jobs/train.py",
     "rating_changes": "jobs/train.py",
     "receipts": "jobs/unlearn.py",
+    "recommendations": "jobs/recommend.py",
     "audits": "jobs/audit.py",
 }
 

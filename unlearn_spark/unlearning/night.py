@@ -30,7 +30,7 @@ from unlearn_spark.als.training import (
     solver_of,
     start_iterate,
 )
-from unlearn_spark.errors import InputError
+from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.unlearning import requests
 from unlearn_spark.unlearning.frontier import LEDGER_COLUMNS, SIDES, Frontier, Work, bound
@@ -98,8 +98,15 @@ def collect_changes(store: Store, model: ModelVersion) -> Changes:
         n_requests = pending.count()
         added = requests.retained(added, every)
         if n_requests:
+            # Also what a job that died after deleting has deleted already: it counts all the same.
             stored = ratings.read(store, ratings_version).select(columns)
-            removed = requests.covered(stored, pending, guard=False).persist()
+            before = ratings.read(store, model.ratings_version).select(columns)
+            removed = (
+                requests.covered(stored.unionByName(before), pending, guard=False)
+                .select("user_id", "item_id", "request_id")
+                .distinct()
+                .persist()
+            )
             leaving = (
                 requests.covered(known.select(columns), pending, guard=False)
                 .select("user_id", "item_id", "rating")
@@ -166,11 +173,18 @@ def run_night(
         f"{changes.n_requests} requests take {changes.n_removed} ratings out; "
         f"{changes.n_added} new or corrected ratings come in"
     )
-    restore(store, model)
+    bases = restore(store, model)
     night = Night(store, settings, model, changes, progress)
     figures = night.work()
-    version = night.publish(kind, {**figures, "seconds": time.perf_counter() - started})
+    version = night.publish(kind, {**figures, "seconds": time.perf_counter() - started}, bases)
+    failed = {} if version.certificate["holds"] else {"exit_code": 1}
+    if failed:
+        progress(
+            f"the certificate does not hold: residual {night.worst:.2e} is over unlearn.tau after "
+            f"als.max_sweeps = {night.als.max_sweeps} sweeps; train anew with more"
+        )
     return {
+        **failed,
         "model_version": version.model_version,
         "parent": model.model_version,
         **figures,
@@ -178,15 +192,19 @@ def run_night(
     }
 
 
-def restore(store: Store, model: ModelVersion) -> None:
+def restore(store: Store, model: ModelVersion) -> dict[str, int]:
     """Put the model's own tables back to what the published version names.
 
-    They differ after a job that died between its writes, and after a rollback.
+    They differ after a job that died between its writes, and after a rollback. Returns the Delta
+    version of each table to write upon.
     """
+    bases = {}
     for table in ("user_factors", "item_factors", "ledger", "rating_blocks", "rating_changes"):
         wanted = getattr(model, f"{table}_version")
         if wanted is not None:
             store.restore(table, wanted)
+            bases[f"{table}_version"] = store.version(table)
+    return bases
 
 
 class Night:
@@ -446,8 +464,14 @@ class Night:
 
     # --- publishing ----------------------------------------------------------------------------
 
-    def publish(self, kind: str, metrics: dict[str, Any]) -> ModelVersion:
-        """Write what changed and make it visible."""
+    def publish(self, kind: str, metrics: dict[str, Any], bases: dict[str, int]) -> ModelVersion:
+        """Write what changed and make it visible.
+
+        Raises
+        ------
+        ConflictError
+            Another job wrote to one of the tables meanwhile.
+        """
         store, changes, tau = self.store, self.changes, self.settings.unlearn.tau
         if self.swept is not None and self.encoded is not None:
             written = publishing.write_whole_model(
@@ -455,11 +479,25 @@ class Night:
             )
         else:
             written = publishing.write_together(self._partial_writes())
+        for name, version in written.items():
+            if version != bases[name] + 1:
+                raise ConflictError(
+                    f"table {name.removesuffix('_version')}: another job wrote to it meanwhile; "
+                    "run this job again"
+                )
         if changes.n_requests:
             written["receipts_version"] = self._write_receipts()
         ratings_version = changes.ratings_version
         if changes.removed is not None and changes.removed.limit(1).count():
-            ratings_version = ratings.delete(store, changes.removed.select("user_id", "item_id"))
+            if store.version(ratings.TABLE) == ratings_version:
+                pairs = changes.removed.select("user_id", "item_id")
+                ratings_version = ratings.delete(store, pairs)
+            if ratings_version > changes.ratings_version + 1 or (
+                store.version(ratings.TABLE) != ratings_version
+            ):
+                raise ConflictError(
+                    "table ratings: ratings were ingested meanwhile; run this job again"
+                )
         return models.publish(
             store,
             models.ModelVersion(

@@ -1,0 +1,293 @@
+"""What the pages say is what the code does.
+
+Every command in a ```bash block is taken through the job's own parser without being run; make
+targets, links and headings exist; the settings table is complete and its defaults are true; the
+notebook's calls and the Python example name real options. No Spark session is started.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from unlearn_spark import config
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = REPOSITORY / "README.md"
+NOTEBOOK = REPOSITORY / "notebooks" / "quickstart.py"
+PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
+JOBS = sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py"))
+
+_JOB = re.compile(r"^jobs/(\w+)\.py$")
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_STOPS = {"|", "||", "&&", ";", "&", ">", ">>", "2>", "<"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return [m[2] for m in _FENCE.finditer(page.read_text("utf-8")) if m[1] == language]
+
+
+def commands(script: str) -> Iterator[list[str]]:
+    """The commands of a shell script as words; continued lines joined, here-documents left out."""
+    lines = iter(script.replace("\\\n", " ").splitlines())
+    for line in lines:
+        here = re.search(r"<<-?\s*['\"]?(\w+)", line)
+        if here:
+            for body in lines:
+                if body.strip() == here[1]:
+                    break
+            line = line[: here.start()]
+        words: list[str] = []
+        for word in shlex.split(line, comments=True):
+            if word in _STOPS:
+                if words:
+                    yield words
+                words = []
+            else:
+                words.append(word)
+        if words:
+            yield words
+
+
+def load_job(name: str) -> click.Command:
+    """The click command of jobs/<name>.py."""
+    path = REPOSITORY / "jobs" / f"{name}.py"
+    assert path.exists(), f"jobs/{name}.py is named but does not exist"
+    spec = importlib.util.spec_from_file_location(f"page_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    search_path = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = search_path
+    return module.main
+
+
+def parse(name: str, arguments: list[str]) -> None:
+    """Take arguments through a job's parser and its settings, without running the job."""
+    context = load_job(name).make_context(name, list(arguments))
+    config.load_settings(None, context.params["overrides"])
+    conf = context.params["conf"]
+    if conf is not None and "$" not in conf:
+        config.load_settings(REPOSITORY / conf, context.params["overrides"])
+
+
+def job_calls() -> list[Any]:
+    found = []
+    for page in PAGES:
+        for script in blocks(page, "bash"):
+            for words in commands(script):
+                for place, word in enumerate(words):
+                    match = _JOB.match(word)
+                    if match:
+                        arguments = words[place + 1 :]
+                        text = f"{page.name}: {match[1]} {' '.join(arguments)}"
+                        found.append(pytest.param(match[1], arguments, id=text))
+                        break
+    return found
+
+
+def without_fences(page: Path) -> str:
+    return _FENCE.sub("", page.read_text("utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_fences(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize(("name", "arguments"), job_calls())
+def test_commands_on_the_pages_parse(name, arguments):
+    parse(name, arguments)
+
+
+def test_the_readme_shows_the_whole_way():
+    shown = [parameters.values[0] for parameters in job_calls()]
+    way = [
+        "generate_ratings",
+        "ingest_ratings",
+        "train",
+        "recommend",
+        "ingest_tombstones",
+        "unlearn",
+        "audit",
+    ]
+    places = [shown.index(name) for name in way]
+    assert places == sorted(places)
+
+
+def test_a_wrong_option_would_be_noticed():
+    """The parser above is strict about options, values and settings."""
+    with pytest.raises(click.NoSuchOption):
+        parse("train", ["--no-such-option"])
+    with pytest.raises(click.BadParameter):
+        parse("recommend", ["--top", "many"])
+    with pytest.raises(click.MissingParameter):
+        parse("recommend", [])
+    with pytest.raises(config.SettingsError):
+        parse("train", ["--set", "als.rnk=3"])
+    script = "cat > x <<'END'\njobs/no.py --x\nEND\nmake a \\\n  b && make c # d\n"
+    assert list(commands(script)) == [["cat"], ["x"], ["make", "a", "b"], ["make", "c"]]
+
+
+def test_make_targets_exist():
+    makefile = (REPOSITORY / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    named = set()
+    for page in PAGES:
+        for script in blocks(page, "bash"):
+            for words in commands(script):
+                if words[0] == "make":
+                    named.update(word for word in words[1:] if "=" not in word)
+        named.update(re.findall(r"`make ([a-z-]+)`", without_fences(page)))
+    assert {"demo", "test"} <= named
+    assert named <= targets, f"named on the pages, not in the Makefile: {named - targets}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", without_fences(page))
+    assert targets, "a page without a link is a dead end"
+    for target in targets:
+        if "://" in target:
+            continue
+        path, _, fragment = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name}: {target} does not exist"
+        if fragment:
+            assert fragment in anchors(linked), f"{page.name}: {target} has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    named = re.findall(r"`((?:jobs|conf|docs|notebooks|tests)/[\w./-]+)`", without_fences(page))
+    missing = sorted({name for name in named if not (REPOSITORY / name).exists()})
+    assert not missing, f"{page.name} names {missing}"
+
+
+def test_the_tree_of_the_readme_exists():
+    (tree,) = [block for block in blocks(README, "") if block.startswith("unlearn_spark/")]
+    parent = REPOSITORY
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            parent = REPOSITORY / name
+            path = parent
+        else:
+            path = parent / name
+        assert path.exists(), f"the README's tree names {path.relative_to(REPOSITORY)}"
+
+
+def test_the_settings_table_is_complete_and_true():
+    section = README.read_text("utf-8").split("\n## Settings\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|", section, re.MULTILINE)
+    assert len(rows) == len(dict(rows))
+    assert set(dict(rows)) == set(config._known_keys(config.Settings))
+    for key, text in rows:
+        value: Any = config.Settings()
+        for part in key.split("."):
+            value = getattr(value, part)
+        _, shown = config.parse_override(f"{key}={text}")
+        assert shown == value, f"{key}: the README says {text}, the default is {value}"
+        assert isinstance(shown, bool) == isinstance(value, bool)
+
+
+def test_the_exit_codes_are_those_of_the_command_line(monkeypatch, capsys):
+    from unlearn_spark import cli
+    from unlearn_spark.errors import ConflictError, InputError
+
+    section = README.read_text("utf-8").split("\n## Exit codes\n")[1].split("\n## ")[0]
+    codes = [int(code) for code in re.findall(r"^\| (\d) \|", section, re.MULTILINE)]
+    outcomes: list[Any] = [None, ConflictError("again"), InputError("bad row")]
+
+    def ending(outcome):
+        @cli.job("A job.")
+        def main(context):
+            if outcome is not None:
+                raise outcome
+            return {"done": True}
+
+        return cli._run(main, [])
+
+    assert [ending(outcome) for outcome in outcomes] == codes
+
+
+def test_the_python_example_uses_real_parameters():
+    from unlearn_spark.als import ALS, ALSModel
+
+    (example,) = blocks(README, "python")
+    methods = {"fit": ALS, "transform": ALSModel, "recommendForAllUsers": ALSModel}
+    called = set()
+    for node in ast.walk(ast.parse(example)):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {keyword.arg for keyword in node.keywords}
+        if isinstance(node.func, ast.Name) and node.func.id == "ALS":
+            assert keywords <= {parameter.name for parameter in ALS().params}
+            called.add("ALS")
+        elif isinstance(node.func, ast.Attribute):
+            method = getattr(methods[node.func.attr], node.func.attr)
+            assert keywords <= set(inspect.signature(method).parameters)
+            called.add(node.func.attr)
+    assert called == {"ALS", *methods}
+
+
+def notebook_calls() -> list[tuple[str, list[str]]]:
+    """The `run("job", ...)` calls; what is computed there becomes a placeholder."""
+    found = []
+    for node in ast.walk(ast.parse(NOTEBOOK.read_text("utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run":
+            flat: list[ast.expr] = []
+            for argument in node.args:
+                inner = argument.value if isinstance(argument, ast.Starred) else argument
+                flat.extend(inner.elts if isinstance(inner, ast.Tuple) else [inner])
+            words = [str(e.value) if isinstance(e, ast.Constant) else "computed" for e in flat]
+            found.append((words[0], words[1:]))
+    return found
+
+
+def test_the_notebook_is_a_databricks_source_and_its_jobs_exist():
+    text = NOTEBOOK.read_text("utf-8")
+    assert text.startswith("# Databricks notebook source\n")
+    assert text.count("# COMMAND ----------") >= 5
+    calls = notebook_calls()
+    assert {name for name, _ in calls} >= {"ingest_ratings", "train", "unlearn", "audit"}
+    for name, arguments in calls:
+        parse(name, arguments)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_answers_help(name):
+    answer = subprocess.run(
+        [sys.executable, str(REPOSITORY / "jobs" / f"{name}.py"), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    for option in ("--conf", "--root", "--set"):
+        assert option in answer.stdout
+
+
+def test_every_job_and_setting_section_is_in_the_readme():
+    text = README.read_text("utf-8")
+    assert [name for name in JOBS if f"jobs/{name}.py" not in text] == []
+    for path in sorted((REPOSITORY / "conf").glob("*.yaml")):
+        config.Settings.model_validate(yaml.safe_load(path.read_text("utf-8")))

@@ -1,0 +1,420 @@
+"""Checks of a published model's certificate that trust nothing which the model's jobs computed.
+
+Ratings, factors, ledger, tombstones and receipts are read at the versions that the models row
+names. Every row's residual ||A x - b|| / ||b|| is summed anew in float64 from the ratings table and
+the factor tables: neither the packed ratings nor any code of the solvers or of the ledger is used,
+so that a mistake in one of them cannot hide itself here.
+
+The equations are those of weighted-lambda ALS (Zhou et al. 2008, section 3) and, for implicit
+preferences, of Hu, Koren and Volinsky (2008, equation 4), with lambda scaled by the row's count of
+ratings (implicit: of positive ones), as in Spark MLlib.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark.sql import functions as F
+
+from unlearn_spark.errors import InputError
+from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
+from unlearn_spark.unlearning import requests
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame
+
+    from unlearn_spark.config import AlsSettings
+    from unlearn_spark.tables.models import ModelVersion
+    from unlearn_spark.tables.store import Store
+
+OTHER = {"user": "item", "item": "user"}
+
+RELATIVE_SLACK = 1e-6
+ABSOLUTE_SLACK = 1e-9
+"""A ledger bound is too low when `bound * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK` is below the
+residual: both are float64 sums of the same terms in another order, which differ by far less."""
+
+_ROW_SCHEMA = "id string, copies int, n_ratings bigint, unmatched bigint, residual double"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a full scan of one model version found.
+
+    Attributes
+    ----------
+    model_version, tau
+        The version, and the residual that its certificate promises not to exceed.
+    max_residual
+        Largest relative residual by side; infinite where a row has no usable vector, or solves
+        something while its right-hand side is 0.
+    rows
+        Factor rows by side.
+    ledger_below, ledger_missing, ledger_extra
+        Ledger entries whose bound is below the residual; factor rows without an entry; entries
+        without a factor row.
+    tombstoned_ratings_found
+        Ratings of the model that requests with a receipt cover.
+    rows_without_ratings
+        Factor rows that no retained rating belongs to.
+    ratings_without_rows
+        Retained ratings whose user or item has no factor row.
+    """
+
+    model_version: int
+    tau: float
+    max_residual: dict[str, float]
+    rows: dict[str, int]
+    ledger_below: int
+    ledger_missing: int
+    ledger_extra: int
+    tombstoned_ratings_found: int
+    rows_without_ratings: int
+    ratings_without_rows: int
+
+    @property
+    def ledger_holds(self) -> bool:
+        """Whether the ledger has one entry for every row, and none is below the residual."""
+        return not (self.ledger_below or self.ledger_missing or self.ledger_extra)
+
+    @property
+    def failures(self) -> list[str]:
+        """What does not hold, a clause each."""
+        found = [
+            f"the largest {side} residual {residual:.3e} exceeds tau = {self.tau:.3e}"
+            for side, residual in self.max_residual.items()
+            if not residual <= self.tau
+        ]
+        counted = {
+            "ledger bounds are below the residual": self.ledger_below,
+            "factor rows have no ledger entry": self.ledger_missing,
+            "ledger entries have no factor row": self.ledger_extra,
+            "ratings of honoured requests are still there": self.tombstoned_ratings_found,
+            "factor rows have no rating": self.rows_without_ratings,
+            "ratings have no factor row": self.ratings_without_rows,
+        }
+        return found + [f"{number} {what}" for what, number in counted.items() if number]
+
+    @property
+    def holds(self) -> bool:
+        return not self.failures
+
+
+def audit(
+    store: Store,
+    model: ModelVersion,
+    keyed_hash: Callable[[Column], Column] | None = None,
+) -> Audit:
+    """Scan a published version, the newest or any earlier one. Nothing is written.
+
+    Memory is bounded on every worker: a row's ratings are streamed, however many they are. The
+    cost is two shuffles of the ratings, each rating with a vector.
+
+    Parameters
+    ----------
+    keyed_hash
+        How ids were hashed in tombstones that are done (see `requests.covered`).
+
+    Raises
+    ------
+    InputError
+        The model names no ratings, so there is nothing to check it against.
+    """
+    if model.ratings_version is None:
+        raise InputError(
+            f"model version {model.model_version} names no ratings to audit it against; "
+            "train a model here"
+        )
+    stored = ratings.read(store, model.ratings_version).where(
+        F.col("ingest_id") <= (model.ratings_ingest_id or 0)
+    )
+    retained = stored
+    if model.tombstones_version is not None:
+        forgotten = tombstones.read(store, model.tombstones_version)
+        retained = requests.retained(stored, forgotten, keyed_hash=keyed_hash)
+    usable = dict(zip(OTHER, models.read_factors(store, model), strict=True))
+    usable = {side: _usable(rows, model.als.rank) for side, rows in usable.items()}
+    scanned = [_residuals(retained, usable, side, model.als) for side in OTHER]
+    ledger = store.read(factors.LEDGER, model.ledger_version)
+    found = _compare(scanned[0].unionByName(scanned[1]), ledger)
+
+    def of_side(name: str, empty: Any) -> dict[str, Any]:
+        return {side: found.get(side, {}).get(name) or empty for side in OTHER}
+
+    def total(name: str) -> int:
+        return sum(int(counts[name] or 0) for counts in found.values())
+
+    return Audit(
+        model_version=model.model_version,
+        tau=float(model.certificate["tau"]),
+        max_residual=of_side("max_residual", 0.0),
+        rows=of_side("rows", 0),
+        ledger_below=total("ledger_below"),
+        ledger_missing=total("ledger_missing"),
+        ledger_extra=total("ledger_extra"),
+        tombstoned_ratings_found=_tombstoned(store, model, stored, keyed_hash),
+        rows_without_ratings=total("rows_without_ratings"),
+        # The users' scan sees every rating with both its rows; the items' would count it again.
+        ratings_without_rows=of_side("unmatched", 0)["user"],
+    )
+
+
+def _tombstoned(
+    store: Store,
+    model: ModelVersion,
+    stored: DataFrame,
+    keyed_hash: Callable[[Column], Column] | None,
+) -> int:
+    """How many stored ratings are covered by a request that has a receipt."""
+    done = receipts.read(store, model)
+    if done is None:
+        return 0
+    every = tombstones.read(store, model.tombstones_version)
+    # Lifted requests are told from all tombstones, before those without a receipt are left out.
+    honoured = requests.effective(every).join(
+        done.select("request_id").distinct(), "request_id", "left_semi"
+    )
+    marked = requests.with_requests(stored, honoured, guard=True, keyed_hash=keyed_hash)
+    return marked.where(F.size("request_ids") > 0).count()
+
+
+def _usable(rows: DataFrame, rank: int) -> DataFrame:
+    """id and vector array<float>: null where the stored vector has another length than rank."""
+    return rows.select("id", F.when(F.size("factors") == rank, F.col("factors")).alias("vector"))
+
+
+def _residuals(
+    retained: DataFrame, usable: dict[str, DataFrame], side: str, als: AlsSettings
+) -> DataFrame:
+    """Every row of one side, and every id of its ratings that has no row: side and `_ROW_SCHEMA`.
+
+    `copies` is the number of factor rows of the id, `unmatched` how many of its `n_ratings` lack a
+    usable row on either side.
+    """
+    others = usable[OTHER[side]].withColumnRenamed("id", f"{OTHER[side]}_id")
+    rated = retained.join(others, f"{OTHER[side]}_id", "left").select(
+        F.col(f"{side}_id").alias("id"), F.lit(True).alias("is_rating"), "rating", "vector"
+    )
+    own = usable[side].select(
+        "id",
+        F.lit(False).alias("is_rating"),
+        F.lit(None).cast("float").alias("rating"),
+        "vector",
+    )
+    # A row's own vector comes first and its ratings stream behind it: nothing holds a whole row.
+    records = (
+        own.unionByName(rated)
+        .withColumn("id", F.col("id").cast("string"))
+        .repartition("id")
+        .sortWithinPartitions("id", "is_rating")
+    )
+    gram = _gram(usable[OTHER[side]], als.rank) if als.implicit_prefs else None
+    equations = Equations(
+        als.rank, als.reg_param, als.alpha if als.implicit_prefs else None, als.nonnegative, gram
+    )
+    return records.mapInArrow(equations.scan, _ROW_SCHEMA).withColumn("side", F.lit(side))
+
+
+def _gram(rows: DataFrame, rank: int) -> NDArray[np.float64]:
+    """Y'Y of factor rows, float64 (rank, rank); only partial sums reach the driver."""
+
+    def add_up(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        total = np.zeros((rank, rank))
+        for batch in batches:
+            part = vectors_of(batch.column("vector"), rank)[0].astype(np.float64)
+            total += part.T @ part
+        yield pa.RecordBatch.from_arrays([pa.array([total.tobytes()], pa.binary())], ["gram"])
+
+    partial = rows.select("vector").mapInArrow(add_up, "gram binary").collect()
+    total = np.zeros((rank, rank))
+    for row in partial:
+        total += np.frombuffer(row["gram"]).reshape(rank, rank)
+    return total
+
+
+def _compare(scanned: DataFrame, ledger: DataFrame) -> dict[str, dict[str, Any]]:
+    """The scan's figures by side, with the ledger compared row by row."""
+    entries = ledger.groupBy("side", "id").agg(
+        F.count(F.lit(1)).alias("entries"), F.min("bound").alias("bound")
+    )
+    rows, kept = F.coalesce("copies", F.lit(0)), F.coalesce("entries", F.lit(0))
+    enough = F.col("bound") * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK >= F.col("residual")
+    enough = F.coalesce(enough & ~F.isnan("bound"), F.lit(False))
+    counted = {
+        "ledger_below": ((rows > 0) & (kept > 0) & ~enough).cast("int"),
+        "ledger_missing": F.greatest(rows - kept, F.lit(0)),
+        "ledger_extra": F.greatest(kept - rows, F.lit(0)),
+        "rows_without_ratings": ((rows > 0) & (F.col("n_ratings") == 0)).cast("int"),
+        "unmatched": F.col("unmatched"),
+        "rows": rows,
+    }
+    figures = (
+        scanned.join(entries, ["side", "id"], "full_outer")
+        .groupBy("side")
+        .agg(
+            F.max(F.when(rows > 0, F.col("residual"))).alias("max_residual"),
+            *[F.sum(column).alias(name) for name, column in counted.items()],
+        )
+    )
+    return {row["side"]: row.asDict() for row in figures.collect()}
+
+
+@dataclass
+class _Row:
+    """The sums of one row, while its ratings pass by.
+
+    Attributes
+    ----------
+    gradient, b : float64 (rank,)
+        A x - b without the penalty and the global term, and b.
+    penalised
+        Ratings that lambda counts.
+    """
+
+    id: str
+    gradient: NDArray[np.float64]
+    b: NDArray[np.float64]
+    x: NDArray[np.float64] | None = None
+    copies: int = 0
+    n_ratings: int = 0
+    unmatched: int = 0
+    penalised: int = 0
+
+
+@dataclass(frozen=True)
+class Equations:
+    """The equations A x = b of one side's rows, and their residuals from a stream of records.
+
+    Attributes
+    ----------
+    reg_param
+        lambda.
+    alpha
+        Of implicit preferences; None for explicit ratings.
+    gram : float64 (rank, rank)
+        Y'Y of the other side; None for explicit ratings.
+    """
+
+    rank: int
+    reg_param: float
+    alpha: float | None = None
+    nonnegative: bool = False
+    gram: NDArray[np.float64] | None = field(default=None, repr=False)
+
+    def scan(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """One result per id from records that are sorted by (id, is_rating).
+
+        Parameters
+        ----------
+        batches
+            id string; is_rating; rating float; vector array<float>: the row's own where it is no
+            rating, else that of the other side's row, null where there is none.
+
+        Returns
+        -------
+        Batches of `_ROW_SCHEMA`. An id may begin in one batch and end in another.
+        """
+        row: _Row | None = None
+        for batch in batches:
+            ids = batch.column("id").to_numpy(zero_copy_only=False)
+            is_rating = batch.column("is_rating").to_numpy(zero_copy_only=False)
+            values = batch.column("rating").to_numpy(zero_copy_only=False)
+            vectors, valid = vectors_of(batch.column("vector"), self.rank)
+            cuts = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1), len(ids)]
+            done: list[_Row] = []
+            for first, last in pairwise(cuts):
+                if first == last:  # an empty batch
+                    continue
+                if row is None or row.id != ids[first]:
+                    if row is not None:
+                        done.append(row)
+                    row = _Row(ids[first], np.zeros(self.rank), np.zeros(self.rank))
+                split = first + int(np.count_nonzero(~is_rating[first:last]))
+                if split > first:
+                    row.copies += split - first
+                    row.x = vectors[first].astype(np.float64) if valid[first] else None
+                part = slice(split, last)
+                self._add(row, values[part], vectors[part], valid[part])
+            if done:
+                yield self._results(done)
+        if row is not None:
+            yield self._results([row])
+
+    def _add(
+        self,
+        row: _Row,
+        values: NDArray[np.float32],
+        vectors: NDArray[np.float32],
+        valid: NDArray[np.bool_],
+    ) -> None:
+        """Add some ratings of a row to its sums; vectors float32 (n, rank)."""
+        row.n_ratings += len(values)
+        if row.x is None:
+            row.unmatched += len(values)
+            return
+        row.unmatched += int(np.count_nonzero(~valid))
+        r = values[valid].astype(np.float64)
+        y = vectors[valid].astype(np.float64)
+        scores = y @ row.x
+        if self.alpha is None:
+            row.gradient += y.T @ (scores - r)
+            row.b += y.T @ r
+            row.penalised += len(r)
+        else:
+            confidence = self.alpha * np.abs(r)
+            wanted = np.where(r > 0, 1 + confidence, 0.0)
+            row.gradient += y.T @ (confidence * scores - wanted)
+            row.b += y.T @ wanted
+            row.penalised += int(np.count_nonzero(r > 0))
+
+    def residual(self, row: _Row) -> float:
+        """||A x - b|| / ||b||, projected where factors are held at or above 0.
+
+        0 where both norms are 0; infinite where only ||b|| is, or where x is not usable.
+        """
+        if row.x is None or row.copies != 1:
+            return math.inf
+        gradient = row.gradient + self.reg_param * row.penalised * row.x
+        if self.gram is not None:
+            gradient = gradient + self.gram @ row.x
+        if self.nonnegative:
+            if (row.x < 0).any():
+                return math.inf
+            # At the boundary only a pull inwards is left to follow.
+            gradient = np.where(row.x > 0, gradient, np.minimum(gradient, 0))
+        numerator, denominator = float(np.linalg.norm(gradient)), float(np.linalg.norm(row.b))
+        if not (math.isfinite(numerator) and math.isfinite(denominator)):
+            return math.inf
+        if denominator == 0:
+            return math.inf if numerator > 0 else 0.0
+        return numerator / denominator
+
+    def _results(self, rows: list[_Row]) -> pa.RecordBatch:
+        return pa.RecordBatch.from_arrays(
+            [
+                pa.array([row.id for row in rows], pa.string()),
+                pa.array([row.copies for row in rows], pa.int32()),
+                pa.array([row.n_ratings for row in rows], pa.int64()),
+                pa.array([row.unmatched for row in rows], pa.int64()),
+                pa.array([self.residual(row) for row in rows], pa.float64()),
+            ],
+            ["id", "copies", "n_ratings", "unmatched", "residual"],
+        )
+
+
+def vectors_of(column: pa.Array, rank: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """A column array<float> as float32 (n, rank), zeros where it is null, and where it is not.
+
+    A missing number inside a vector becomes NaN.
+    """
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    vectors = np.zeros((len(column), rank), np.float32)
+    vectors[valid] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)
+    return vectors, valid
