@@ -58,7 +58,7 @@ def main(context: JobContext, source: str | None, kind: str) -> dict[str, Any]:
     picture = str(root / "convergence.png")
     trained = step("Train and publish", "train", [*common, "--plot", picture])
     history = models.published(context.store).metrics["history"]
-    progress(f"   residual by sweep (log): {sparkline(history)}   picture: {picture}")
+    progress(f"   residual by sweep (log): {sparkline(history, log=True)}   picture: {picture}")
     step("Top-N for everybody", "recommend", [*common, "--top", "5"])
 
     stored = ratings.read(context.store).orderBy(F.xxhash64("user_id", "item_id")).limit(5)

@@ -166,7 +166,12 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     if remote:
         builder = builder.remote(remote)
     elif spark_settings.master or not submitted:
-        builder = builder.master(spark_settings.master or "local[*]")
+        master = spark_settings.master or "local[*]"
+        builder = builder.master(master)
+        if master.startswith("local"):
+            # Spark's 200 are for clusters: here each of them is a task of a few milliseconds that
+            # costs ten to schedule.
+            conf.setdefault("spark.sql.shuffle.partitions", str(max(4, os.cpu_count() or 1)))
     for key, value in conf.items():
         builder = builder.config(key, value)
     if not any(jars_directory().glob("delta-spark*.jar")) and "spark.jars" not in conf:

@@ -24,6 +24,7 @@ from unlearn_spark.unlearning.certificate import Equations, audit
 USERS, ITEMS, RANK = 60, 30, 4
 TAU = 2e-2
 SHARED = {"rank": RANK, "reg_param": 0.3, "max_sweeps": 40, "tol": TAU}
+SHARED |= {"user_blocks": 2, "item_blocks": 2}
 EXPLICIT = AlsSettings(**SHARED)
 IMPLICIT = AlsSettings(**SHARED, implicit_prefs=True, alpha=2.0)
 GONE = "u7"

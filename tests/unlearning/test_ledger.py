@@ -13,6 +13,7 @@ RANK = 3
 
 def dense_gradient(y, x, table, objective, gram_x):
     """A y - b and b of every row of y for a dense table with NaN where nothing is rated."""
+    y, x = y.astype(np.float64), x.astype(np.float64)
     gradients, bs = [], []
     for row, ratings in zip(y, table, strict=True):
         rated = ~np.isnan(ratings)
