@@ -34,8 +34,9 @@ def main(context: JobContext, plot: str | None) -> dict[str, Any]:
     parent = models.newest(store)
     ratings_version = store.version(ratings.TABLE)
     stored = ratings.read(store, ratings_version)
-    if tombstones.exists(store):  # what was asked to be forgotten is not learnt again
-        stored = retained(stored, tombstones.read(store))
+    tombstones_version = tombstones.version(store)
+    if tombstones_version is not None:  # what was asked to be forgotten is not learnt again
+        stored = retained(stored, tombstones.read(store, tombstones_version))
     warm = publishing.warm_start(store, settings.als.warm_start)
     fitted = fit_factors(
         stored.select("user_id", "item_id", "rating"),
@@ -57,6 +58,7 @@ def main(context: JobContext, plot: str | None) -> dict[str, Any]:
         kind="train",
         parent=parent,
         ratings_version=ratings_version,
+        tombstones_version=tombstones_version,
         ratings_ingest_id=ratings.newest_ingest(store, ratings_version),
     )
     if plot:

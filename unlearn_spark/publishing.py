@@ -191,7 +191,6 @@ def roll_back(store: Store, model_version: int) -> ModelVersion:
             parent=head.model_version,
             kind="rollback",
             # What was honoured stays honoured.
-            tombstones_version=head.tombstones_version,
             receipts_version=head.receipts_version,
             metrics=metrics,
         ),

@@ -174,6 +174,7 @@ def test_without_a_rating_column_every_rating_is_one(split):
     assert high == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_pipeline_cross_validation_and_round_trip(spark, split, model, tmp_path):
     train, held_out = split
     als = ALS(rank=RANK, maxIter=4, coldStartStrategy="drop")

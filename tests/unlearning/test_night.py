@@ -1,0 +1,127 @@
+"""Nights of deletions and updates on real tables, each checked by the independent scan."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from unlearn_spark.tables import models, ratings, receipts
+
+TAU = 2e-2
+COMMON = ["als.rank=4", "als.reg_param=0.1", "als.tol=5e-3", "als.alpha=2.0", f"unlearn.tau={TAU}"]
+
+
+def write(path, header, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+    return str(path)
+
+
+@pytest.fixture
+def nights(tmp_path, run_job, store):
+    """A function that runs a job on this root and returns its JSON."""
+
+    def job(name, *arguments, sets=()):
+        options = [word for value in [*COMMON, *sets] for word in ("--set", value)]
+        done = run_job(name, "--root", store.root, *options, *arguments)
+        assert done.exit_code == 0, done.stderr
+        return done.json
+
+    return job
+
+
+def data_set(seed=0, users=60, items=30, n=700):
+    random = np.random.default_rng(seed)
+    x, y = random.normal(size=(users, 2)), random.normal(size=(items, 2))
+    for pair in random.permutation(users * items)[:n]:
+        user, item = divmod(int(pair), items)
+        value = 3 + x[user] @ y[item] * 0.5 + random.normal() * 0.3
+        yield f"u{user}", f"i{item}", round(value, 2), 1_500_000_000 + int(pair)
+
+
+def requests(path, rows):
+    header = "request_id,scope,user_id,item_id,from_ts,to_ts,requested_at"
+    return write(path, header, [(*row, 1_700_000_000) for row in rows])
+
+
+def files_by_block(store, version):
+    rows = store.read("user_factors", version).selectExpr("block", "_metadata.file_name AS file")
+    return {(row.block, row.file) for row in rows.distinct().collect()}
+
+
+@pytest.mark.parametrize("implicit", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_nights_in_a_row_keep_the_certificate(spark, store, nights, tmp_path, implicit):
+    sets = [f"als.implicit_prefs={str(implicit).lower()}", "als.user_blocks=16"]
+
+    def job(name, *arguments, more=()):
+        return nights(name, *arguments, sets=[*sets, *more])
+
+    header = "user_id,item_id,rating,rated_at"
+    rows = list(data_set())
+    job("ingest_ratings", "--input", write(tmp_path / "r.csv", header, rows), "--format", "csv")
+    job("train")
+    first = models.published(store)
+    assert job("unlearn")["requests"] == 0
+    assert models.published(store) == first
+
+    pair = next(row for row in rows if row[0] not in ("u5", "u9"))
+    asked = [
+        ("a", "user", "u5", "", "", ""),
+        ("b", "rating", pair[0], pair[1], "", ""),
+        ("c", "window", "u9", "", 1_500_000_000, 1_500_000_290),
+        ("d", "user", "nobody", "", "", ""),
+        ("e", "user", "u5", "", "", ""),  # overlaps with a
+    ]
+    job("ingest_tombstones", "--input", requests(tmp_path / "t1.csv", asked))
+    night = job("unlearn")
+    gone = {row[:2] for row in rows if row[0] == "u5" or row[:2] == pair[:2]}
+    gone |= {row[:2] for row in rows if row[0] == "u9" and row[3] < 1_500_000_290}
+    assert night["requests"] == 5
+    assert night["ratings_removed"] == len(gone)
+    assert night["max_residual"] <= TAU
+    answers = {r.request_id: r.ratings_removed for r in receipts_of(store)}
+    assert answers["d"] == 0
+    assert answers["a"] == answers["e"] == sum(row[0] == "u5" for row in rows)
+    left = {(r.user_id, r.item_id) for r in ratings.read(store).collect()}
+    assert left == {row[:2] for row in rows} - gone
+    assert job("audit")["holds"]
+    if not implicit:
+        published = models.published(store)
+        before = files_by_block(store, first.user_factors_version)
+        after = files_by_block(store, published.user_factors_version)
+        rewritten = {block for block, _ in after - before}
+        assert len(rewritten) <= night["blocks_written"]["user"]
+
+    # The last rating of an item, a whole item, new users, and a corrected value, the same night.
+    asked = [("f", "item", "", "i7", "", ""), ("g", "user", "u11", "", "", "")]
+    job("ingest_tombstones", "--input", requests(tmp_path / "t2.csv", asked))
+    late = [
+        ("new-user", "i3", 4.0, 1_710_000_000),
+        ("new-user", "new-item", 2.0, 1_710_000_000),
+        ("u20", "new-item", 3.5, 1_710_000_000),
+        (rows[3][0], rows[3][1], 1.0, 1_710_000_000),
+        ("u5", "i3", 5.0, 1_710_000_000),  # refused: that user asked to be forgotten
+    ]
+    source = write(tmp_path / "n.csv", header, late)
+    taken = job("ingest_ratings", "--input", source, "--format", "csv")
+    assert taken["quarantined"] >= 1
+    night = job("update")
+    assert night["requests"] == 2
+    audit = job("audit")
+    assert audit["holds"]
+    assert audit["tombstoned_ratings_found"] == 0
+    items = {r.id for r in store.read("item_factors").collect()}
+    assert "i7" not in items
+    assert "new-item" in items
+
+    # Many at once, and a loop that is not allowed to do it in rounds: everything is swept.
+    asked = [(f"m{n}", "user", f"u{n}", "", "", "") for n in range(21, 40)]
+    job("ingest_tombstones", "--input", requests(tmp_path / "t3.csv", asked))
+    night = job("unlearn", more=["unlearn.max_rounds=1"])
+    assert night["sweeps"] > 0
+    assert job("audit")["holds"]
+    assert store.read("rating_changes").count() == 0
+
+
+def receipts_of(store):
+    return receipts.read(store, models.published(store)).collect()
