@@ -49,7 +49,8 @@ def files_by_block(store, version):
     return {(row.block, row.file) for row in rows.distinct().collect()}
 
 
-@pytest.mark.parametrize("implicit", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("implicit", [False, True])
 def test_nights_in_a_row_keep_the_certificate(spark, store, nights, tmp_path, implicit):
     sets = [f"als.implicit_prefs={str(implicit).lower()}", "als.user_blocks=16"]
 
