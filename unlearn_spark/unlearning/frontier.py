@@ -116,7 +116,7 @@ class Frontier:
     work: Work
     progress: Callable[[str], None] = lambda message: None
     rounds: int = 0
-    solved: dict[str, list[DataFrame]] = field(default_factory=lambda: {s: [] for s in SIDES})
+    solved: dict[str, DataFrame | None] = field(default_factory=lambda: dict.fromkeys(SIDES))
     grams: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     # --- reading -----------------------------------------------------------------------------
@@ -124,8 +124,9 @@ class Frontier:
     def current(self, side: str) -> DataFrame:
         """(slot, factors) of a side, with what was re-solved tonight."""
         rows = self.factors[side]
-        for newer in self.solved[side]:
-            newer = newer.where("solved").select("slot", F.col("factors").alias("newer"))
+        moved = self.solved[side]
+        if moved is not None:
+            newer = moved.select("slot", F.col("factors").alias("newer"))
             rows = rows.join(newer, "slot", "left").select(
                 "slot", F.coalesce("newer", "factors").alias("factors")
             )
@@ -348,7 +349,12 @@ class Frontier:
             F.coalesce("f", "factor_norm").alias("factor_norm"),
         )
         self.ledger = self._checkpoint(self._pushed(replaced, pushes, drifts))
-        self.solved[side].append(rows)
+        # One frame whatever the number of rounds: a chain of them would make every plan longer.
+        moved = rows.where("solved").select("slot", "factors")
+        earlier = self.solved[side]
+        if earlier is not None:
+            moved = moved.unionByName(earlier.join(moved.select("slot"), "slot", "left_anti"))
+        self.solved[side] = self._checkpoint(moved)
 
     def _solve(self, side: str, active: DataFrame, keys: tuple[int, ...], mark: float) -> DataFrame:
         other = other_side(side)

@@ -409,10 +409,8 @@ class Night:
         }
 
     def _solved_slots(self, side: str) -> DataFrame:
-        slots = self.rows[side].select("slot").limit(0)
-        for rows in self.frontier.solved[side]:
-            slots = slots.unionByName(rows.where("solved").select("slot"))
-        return slots
+        moved = self.frontier.solved[side]
+        return self.rows[side].limit(0).select("slot") if moved is None else moved.select("slot")
 
     def _changed_blocks(self, side: str) -> list[int]:
         """Blocks with a row that was re-solved, came, left, or has another number of ratings."""
