@@ -259,11 +259,16 @@ class Store:
             self.spark.catalog.dropTempView(view)
         return self.version(table)
 
-    def restore(self, table: str, version: int) -> None:
-        """Make an earlier version the current one, by a commit that copies no data."""
-        if self.version(table) != version:
-            with self._explained(table):
-                self.spark.sql(f"RESTORE TABLE {self.name(table)} TO VERSION AS OF {version}")
+    def restore(self, table: str, version: int) -> int:
+        """Make an earlier version the current one, by a commit that copies no data.
+
+        Returns the newest Delta version afterwards: `version` itself where it was the newest.
+        """
+        if self.version(table) == version:
+            return version
+        with self._explained(table):
+            self.spark.sql(f"RESTORE TABLE {self.name(table)} TO VERSION AS OF {version}")
+        return self.version(table)
 
     @contextmanager
     def _explained(self, table: str) -> Iterator[None]:

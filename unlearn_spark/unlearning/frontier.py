@@ -364,9 +364,8 @@ class Frontier:
         own = active.select(
             "slot",
             key.cast("int").alias("key"),
-            F.isnan(bound()).alias("unused"),
             (F.col("gradient_norm") == float("inf")).alias("forced"),
-        ).drop("unused")
+        )
         messages = (
             needed.join(self.current(other), "slot")
             .select(

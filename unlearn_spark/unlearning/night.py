@@ -202,8 +202,7 @@ def restore(store: Store, model: ModelVersion) -> dict[str, int]:
     for table in ("user_factors", "item_factors", "ledger", "rating_blocks", "rating_changes"):
         wanted = getattr(model, f"{table}_version")
         if wanted is not None:
-            store.restore(table, wanted)
-            bases[f"{table}_version"] = store.version(table)
+            bases[f"{table}_version"] = store.restore(table, wanted)
     return bases
 
 
