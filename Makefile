@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RATINGS ?= ../shared/data/ml-latest-small/ratings.csv
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check format bench clean
@@ -40,8 +41,12 @@ format: setup ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## sweeps side by side with Spark MLlib; writes benchmarks/results/
+bench: setup ## side by side with Spark MLlib and with retraining; writes benchmarks/results/
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/convergence.py $(if $(wildcard $(RATINGS)),--input $(RATINGS))
+	$(if $(wildcard $(RATINGS)),$(BIN)/python benchmarks/quality.py --input $(RATINGS),@echo 'no $(RATINGS): quality left out')
+	$(BIN)/python benchmarks/forgetting.py
 
 clean: ## remove what the demo wrote
 	rm -rf demo-output

@@ -17,6 +17,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from unlearn_spark.cli import JobContext, job, progress, run
+from unlearn_spark.tables import formats
 
 
 def step(title: str, name: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -36,17 +37,27 @@ def step(title: str, name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 @job("Ratings in, a model, recommendations, forgetting and an audit, on one machine.")
 @click.option("--input", "source", metavar="PATH", help="Your ratings; else generated ones.")
-@click.option("--format", "kind", default="csv", show_default=True, help="Format of --input.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(formats.FORMATS, case_sensitive=False),
+    default="csv",
+    show_default=True,
+    help="Format of --input.",
+)
 def main(context: JobContext, source: str | None, kind: str) -> dict[str, Any]:
-    """Leaves its tables, a convergence picture and the requests under the root."""
-    from pyspark.sql import functions as F
-
+    """Leaves its tables, the requests and two pictures (the convergence of the training, the scores
+    of forgotten entries) under the root."""
     from unlearn_spark.evaluation.plots import sparkline
-    from unlearn_spark.tables import models, ratings
+    from unlearn_spark.tables import models
+    from unlearn_spark.tables.store import check_root
 
     started = time.perf_counter()
     if context.settings.root is None:
         raise click.UsageError("--root is needed")
+    check_root(context.settings)
+    if source is not None:
+        formats.check_exists(source)
     root = Path(context.settings.root)
     root.mkdir(parents=True, exist_ok=True)
     common = ["--root", str(root), "--set", "als.rank=16", "--set", "als.reg_param=0.1"]
@@ -56,26 +67,31 @@ def main(context: JobContext, source: str | None, kind: str) -> dict[str, Any]:
         step("Ratings with a long tail", "generate_ratings", [*size, "--output", source])
     step("Into Delta", "ingest_ratings", [*common, "--input", source, "--format", kind])
     picture = str(root / "convergence.png")
-    trained = step("Train and publish", "train", [*common, "--plot", picture])
+    step("Train and publish", "train", [*common, "--plot", picture])
     history = models.published(context.store).metrics["history"]
     progress(f"   residual by sweep (log): {sparkline(history, log=True)}   picture: {picture}")
     step("Top-N for everybody", "recommend", [*common, "--top", "5"])
 
-    stored = ratings.read(context.store).orderBy(F.xxhash64("user_id", "item_id")).limit(5)
-    some = stored.select("user_id", "item_id").collect()
     asked = root / "tombstones.csv"
-    lines = ["request_id,scope,user_id,item_id,from_ts,to_ts"]
-    lines += [f"forget-user-{n},user,{some[n]['user_id']},,," for n in range(3)]
-    lines += [f"forget-pair,rating,{some[3]['user_id']},{some[3]['item_id']},,"]
-    lines += [f"forget-window,window,{some[4]['user_id']},,2015-01-01,2023-01-01"]
-    asked.write_text("\n".join(lines) + "\n")
-    step("Five people ask to be forgotten", "ingest_tombstones", [*common, "--input", str(asked)])
+    asked.write_text(requests(context))
+    step(
+        "Three users, an item, a pair and a window are to be forgotten",
+        "ingest_tombstones",
+        [*common, "--input", str(asked)],
+    )
+    before = models.published(context.store)
     forgot = step("Forget, and mend what that disturbed", "unlearn", common)
     audited = step("Check every row from the ratings that remain", "audit", common)
+    retrained = step("For comparison, train anew without them", "train", common)
+    scores = draw_scores(context, before.model_version, retrained["model_version"], root)
     progress(
-        f"\nForgetting took {forgot['work_sweeps']:.3f} sweeps of arithmetic and "
-        f"{forgot['seconds']:.0f} s; training took {trained['sweeps']} sweeps and "
-        f"{trained['seconds']:.0f} s.\nLargest residual of any row: {audited['max_residual']}"
+        f"\nForgetting: {forgot['rows_resolved']} rows re-solved, blocks written "
+        f"{forgot['blocks_written']} of {forgot['blocks_total']}, {forgot['work_sweeps']:.3f} "
+        f"sweeps of arithmetic, {forgot['seconds']:.0f} s.\n"
+        f"Retraining: {retrained['sweeps']} sweeps, {retrained['seconds']:.0f} s.\n"
+        f"Certificate: largest residual {audited['max_residual']}, tolerance {audited['tau']}, "
+        f"ratings that should be gone: {audited['tombstoned_ratings_found']}.\n"
+        f"Scores of what a user asked to be forgotten (means): {scores}"
     )
     return {
         "model_version": forgot["model_version"],
@@ -83,6 +99,75 @@ def main(context: JobContext, source: str | None, kind: str) -> dict[str, Any]:
         "max_residual": audited["max_residual"],
         "seconds": time.perf_counter() - started,
     }
+
+
+def requests(context: JobContext) -> str:
+    """Requests of every scope, as csv; whom they name depends on the ratings alone.
+
+    The window is the later half of what the user with the most ratings rated.
+    """
+    from pyspark.sql import functions as F
+
+    from unlearn_spark.tables import ratings
+
+    table = ratings.read(context.store)
+    some = table.orderBy(F.xxhash64("user_id", "item_id")).limit(5).collect()
+    times = F.unix_timestamp("rated_at")
+    busiest = (
+        table.groupBy("user_id")
+        .agg(
+            F.count(F.lit(1)).alias("n"), F.median(times).alias("middle"), F.max(times).alias("end")
+        )
+        .orderBy(F.desc("n"), "user_id")
+        .first()
+    )
+    assert busiest is not None
+    lines = ["request_id,scope,user_id,item_id,from_ts,to_ts"]
+    lines += [f"forget-user-{n},user,{some[n]['user_id']},,," for n in range(3)]
+    lines += [f"forget-item,item,,{some[3]['item_id']},,"]
+    lines += [f"forget-pair,rating,{some[4]['user_id']},{some[4]['item_id']},,"]
+    if busiest["middle"] is not None:  # ratings without times are in no window
+        window = f"{int(busiest['middle'])},{busiest['end'] + 1}"
+        lines += [f"forget-window,window,{busiest['user_id']},,{window}"]
+    return "\n".join(lines) + "\n"
+
+
+def draw_scores(
+    context: JobContext, before: int, retrained: int, root: Path
+) -> dict[str, float] | None:
+    """Draw the scores of the entries that a user who is still there had forgotten.
+
+    Returns their means before, unlearned and retrained; None where there are no such entries.
+    """
+    import numpy as np
+
+    from unlearn_spark.als.scoring import predict_pairs
+    from unlearn_spark.evaluation import plots
+    from unlearn_spark.tables import models, ratings
+
+    store = context.store
+    older, unlearned = models.published(store, before), models.published(store, retrained - 1)
+    assert older.ratings_version is not None
+    assert unlearned.ratings_version is not None
+    pairs = ["user_id", "item_id"]
+    gone = ratings.read(store, older.ratings_version).select(pairs)
+    gone = gone.join(ratings.read(store, unlearned.ratings_version).select(pairs), pairs, "anti")
+    for name, version in (
+        ("before", older),
+        ("unlearned", unlearned),
+        ("retrained", models.published(store, retrained)),
+    ):
+        users, items = models.read_factors(store, version)
+        gone = predict_pairs(gone, users, items, prediction_col=name, cold_start="drop")
+    scored = gone.limit(5000).toPandas()
+    if scored.empty:
+        return None
+    columns = {name: scored[name].to_numpy(np.float64) for name in scored.columns[2:]}
+    picture = plots.scores(
+        columns["before"], columns["unlearned"], columns["retrained"], root / "forgotten.png"
+    )
+    progress(f"   picture: {picture}")
+    return {name: round(float(values.mean()), 3) for name, values in columns.items()}
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ def main(
     """Ratings run from 0.5 to 5 in half stars; every user and item occurs if there are enough."""
     from unlearn_spark.evaluation import synthetic
 
-    progress(f"writing {ratings} ratings to {output}")
     written = synthetic.write(users, items, ratings, seed, output)
+    progress(
+        f"{output}: {written.ratings} ratings of {written.users} users and {written.items} items"
+    )
     return {"users": written.users, "items": written.items, "ratings": written.ratings}
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 bad input or settings, said in one line on stderr; 1 anyth
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -74,7 +75,7 @@ def job(summary: str) -> Callable[[Callable[..., Mapping[str, Any]]], click.Comm
         command = click.Command(
             name=Path(sys.argv[0]).name,
             callback=callback,
-            help=f"{summary}\n\n{(main.__doc__ or '').strip()}",
+            help=f"{summary}\n\n{inspect.getdoc(main) or ''}",
             params=[
                 *reversed(getattr(main, "__click_params__", [])),
                 click.Option(

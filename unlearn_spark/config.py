@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from unlearn_spark.errors import SettingsError
+
+_MASTER = r"local(\[.+\])?|local-cluster\[.+\]|yarn|(spark|k8s)://.+"
 
 
 class _Section(BaseModel):
@@ -79,6 +82,21 @@ class SparkSettings(_Section):
     driver_memory: str = "4g"
     conf: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
+    # Spark finds these two out in its JVM, which then dies with a page of text.
+    @field_validator("master")
+    @classmethod
+    def _is_master(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(_MASTER, value):
+            raise ValueError("expected local[N], yarn, spark://HOST:PORT or k8s://URL")
+        return value
+
+    @field_validator("driver_memory")
+    @classmethod
+    def _is_memory(cls, value: str) -> str:
+        if not re.fullmatch(r"(?i)[1-9][0-9]*[kmgt]b?", value):
+            raise ValueError("expected a size with its unit, for example 4g")
+        return value
+
 
 class Settings(_Section):
     """All settings of a job."""
@@ -103,14 +121,21 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    first = errors[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, list(_known_keys(Settings)), n=1)
+        sections = {known.partition(".")[0] for known in _known_keys(Settings)}
+        near = difflib.get_close_matches(key, {*_known_keys(Settings), *sections}, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see conf/local.yaml for the known keys"
         return f"{source}: unknown setting {key}{hint}"
-    found = first.get("input")
-    return f"{source}: setting {key} = {found!r} is not usable: {first['msg']}"
+    # A field of several types has one error for each of them, with the type at the key's end.
+    known = {*_known_keys(Settings), *Settings.model_fields}
+    while key not in known and "." in key:
+        key = key.rpartition(".")[0]
+    same = [e["msg"] for e in errors if (".".join(map(str, e["loc"])) + ".").startswith(key + ".")]
+    reason = ", or: ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in same))
+    return f"{source}: setting {key} = {first.get('input')!r} is not usable: {reason}"
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -126,7 +151,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         # YAML 1.1 reads 1e-3 (no dot) as text; everybody means the number.
         with contextlib.suppress(ValueError):
             parsed = float(parsed)
-    return key.strip().split("."), parsed
+    keys = key.strip().split(".")
+    if keys[:2] == ["spark", "conf"] and len(keys) > 2:
+        keys[2:] = [".".join(keys[2:])]  # names of Spark's settings have dots of their own
+    return keys, parsed
 
 
 def load_settings(
@@ -160,8 +188,11 @@ def load_settings(
                 f"--conf {path}: cannot be read ({error.strerror}); give a YAML file"
             ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            line = str(error).splitlines()[0]
-            raise SettingsError(f"--conf {path}: not valid YAML ({line})") from error
+            reason = str(error).splitlines()[0]
+            mark = getattr(error, "problem_mark", None)
+            if mark is not None:
+                reason = f"line {mark.line + 1}: {getattr(error, 'problem', None) or reason}"
+            raise SettingsError(f"--conf {path}: not valid YAML ({reason}); correct it") from error
         if loaded is not None and not isinstance(loaded, Mapping):
             raise SettingsError(f"--conf {path}: expected a mapping of settings at the top")
         tree = dict(loaded or {})
@@ -182,6 +213,8 @@ def load_settings(
     settings = _validate(tree, source)
     if settings.root is not None and settings.catalog is not None:
         raise SettingsError(f"{source}: give root or catalog, not both")
+    if settings.spark.master is not None and settings.spark.remote is not None:
+        raise SettingsError(f"{source}: give spark.master or spark.remote, not both")
     return settings
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from unlearn_spark.als.encoding import stored_chunks
 from unlearn_spark.errors import InputError
@@ -23,19 +23,25 @@ if TYPE_CHECKING:
     from unlearn_spark.config import AlsSettings
     from unlearn_spark.tables.store import Store
 
+T = TypeVar("T")
 
-def write_together(writes: Mapping[str, Callable[[], int]]) -> dict[str, int]:
-    """Run independent writes at the same time; returns what each gave.
 
-    A Delta commit is mostly waiting for the driver, so four of them take little more than one.
+def together(tasks: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+    """Run independent Spark actions at the same time; returns what each gave.
+
+    A small one mostly waits for the driver, so four of them take little more than one.
     """
-    with ThreadPoolExecutor(max_workers=max(1, len(writes))) as pool:
-        running = {name: pool.submit(write) for name, write in writes.items()}
+    with ThreadPoolExecutor(max_workers=max(1, len(tasks))) as pool:
+        running = {name: pool.submit(task) for name, task in tasks.items()}
         return {name: future.result() for name, future in running.items()}
 
 
 def write_whole_model(
-    store: Store, rows: Mapping[str, DataFrame], chunks: DataFrame
+    store: Store,
+    rows: Mapping[str, DataFrame],
+    n_rows: int,
+    chunks: DataFrame,
+    more: Mapping[str, Callable[[], int]] | None = None,
 ) -> dict[str, int]:
     """Replace factors, ledger and packed ratings by those of a whole new model.
 
@@ -43,8 +49,12 @@ def write_whole_model(
     ----------
     rows
         By side: id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm, factors.
+    n_rows
+        Of both sides.
     chunks
         Packed ratings of both sides.
+    more
+        Further writes to do at the same time.
 
     Returns
     -------
@@ -54,17 +64,14 @@ def write_whole_model(
     ledger = factors.ledger_rows(rows["user"], "user").unionByName(
         factors.ledger_rows(rows["item"], "item")
     )
-    return write_together(
+    return together(
         {
-            "user_factors_version": lambda: factors.write_factors(
-                store, "user", rows["user"], whole=True
-            ),
-            "item_factors_version": lambda: factors.write_factors(
-                store, "item", rows["item"], whole=True
-            ),
-            "ledger_version": lambda: factors.write_ledger(store, ledger, whole=True),
+            "user_factors_version": lambda: factors.write_factors(store, "user", rows["user"]),
+            "item_factors_version": lambda: factors.write_factors(store, "item", rows["item"]),
+            "ledger_version": lambda: factors.write_ledger(store, ledger, n_rows),
             "rating_blocks_version": lambda: factors.write_rating_blocks(store, chunks),
             "rating_changes_version": lambda: factors.clear_rating_changes(store),
+            **(more or {}),
         }
     )
 
@@ -109,7 +116,9 @@ def publish_fit(
         Another job published meanwhile.
     """
     summary, layouts = fitted.summary, fitted.encoded.layouts
-    written = write_whole_model(store, fitted.rows, chunks_of(fitted.encoded))
+    written = write_whole_model(
+        store, fitted.rows, summary.users + summary.items, chunks_of(fitted.encoded)
+    )
     metrics = {
         "users": summary.users,
         "items": summary.items,

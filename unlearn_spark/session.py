@@ -52,6 +52,8 @@ _STATIC_DEFAULTS = {
 _DEFAULTS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "200000",
+    # Every query's plan is written out for the event log; with caches in caches that is megabytes.
+    "spark.sql.maxPlanStringLength": "20000",
     # Re-reading a Delta log of a few commits needs no fifty tasks.
     "spark.databricks.delta.snapshotPartitions": "2",
 }
@@ -149,7 +151,13 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     remote = spark_settings.remote or os.environ.get("SPARK_REMOTE")
     builder = SparkSession.builder.appName("unlearn-spark")
     if remote and remote.startswith("sc://"):
-        session = builder.remote(remote).getOrCreate()
+        try:
+            session = builder.remote(remote).getOrCreate()
+            session.version  # noqa: B018  (the first call is the one that connects)
+        except Exception as error:
+            raise UserError(
+                f"no Spark Connect server answers at {remote}: {_first_cause(error)}"
+            ) from error
         _apply_runtime_defaults(session)
         return session
 
@@ -157,6 +165,8 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # the JVM runs already: spark-submit
     conf: dict[str, str] = {**_STATIC_DEFAULTS, **_DELTA, **_DEFAULTS}
     conf["spark.driver.memory"] = spark_settings.driver_memory
+    if not submitted:  # else the JVM that starts the workers does not know where this package is
+        conf["spark.python.daemon.module"] = "unlearn_spark.worker_daemon"
     for name in _BLAS_VARIABLES:
         conf[f"spark.executorEnv.{name}"] = "1"
     logging = Path(__file__).resolve().parent.parent / "conf" / "log4j2.properties"
@@ -189,6 +199,8 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
 def _first_cause(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if line.startswith("Caused by:")]
+    if lines and lines[0].startswith("An error occurred while calling"):  # py4j's own line
+        lines = [line.removeprefix(": ") for line in lines[1:]]
     chosen = (causes[-1] if causes else lines[0] if lines else type(error).__name__)[:300]
     if any(word in str(error) for word in ("BindException", "Address already in use")):
         chosen += " (a port is taken: change spark.conf's port, or free it)"

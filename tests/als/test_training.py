@@ -7,7 +7,7 @@ import pytest
 
 from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.training import fit_factors
-from unlearn_spark.config import AlsSettings
+from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError
 
 
@@ -79,7 +79,10 @@ def test_blocked_fit_equals_the_textbook_for_any_blocks_and_ids(spark, implicit)
         result = fit_factors(
             frame(spark, users, items, values, kind),
             settings.model_copy(update={"user_blocks": blocks, "item_blocks": blocks}),
+            # One part is swept within one task, several by cogroups.
+            ExecutionSettings(part_ratings=-(-len(values) // min(blocks, 4))),
         )
+        assert {layout.n_parts for layout in result.encoded.layouts.values()} == {min(blocks, 4)}
         (ids, _), scores = predictions(result)
         assert result.summary.sweeps == 5
         if kind == "bigint":  # the start follows the id, so a string id starts elsewhere

@@ -229,9 +229,7 @@ def test_a_changed_and_a_lost_factor_row_are_found(trained, version):
     damaged = users.where(F.col("id") != GONE).withColumn(
         "factors", F.when(F.col("id") == "u3", shifted).otherwise(F.col("factors"))
     )
-    broken = replace(
-        model, user_factors_version=factors.write_factors(trained, "user", damaged, whole=True)
-    )
+    broken = replace(model, user_factors_version=factors.write_factors(trained, "user", damaged))
     residuals = brute_force(trained, broken)
     found = audit(trained, broken)
     assert found.max_residual == largest(residuals)
@@ -265,7 +263,7 @@ def test_a_ledger_bound_below_the_residual_fails_the_job(trained, run_job):
             head,
             model_version=head.model_version + 1,
             parent=head.model_version,
-            ledger_version=factors.write_ledger(trained, lowered, whole=True),
+            ledger_version=factors.write_ledger(trained, lowered, lowered.count()),
         ),
     )
     result = run_job("audit", "--root", trained.root)

@@ -124,5 +124,28 @@ def test_nights_in_a_row_keep_the_certificate(spark, store, nights, tmp_path, im
     assert store.read("rating_changes").count() == 0
 
 
+@pytest.mark.slow
+def test_a_first_night_that_sweeps_everything(store, nights, tmp_path):
+    header = "user_id,item_id,rating,rated_at"
+    rows = list(data_set(1))
+    nights("ingest_ratings", "--input", write(tmp_path / "r.csv", header, rows), "--format", "csv")
+    nights("train")
+    asked = [(f"m{n}", "user", f"u{n}", "", "", "") for n in range(5, 25)]
+    asked += [("none", "user", "nobody", "", "", "")]
+    nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked))
+    night = nights("unlearn", sets=["unlearn.max_rounds=1"])
+    assert night["sweeps"] > 0
+    assert nights("audit")["holds"]
+    # A request that removes nothing still gets its answer, and nothing else changes.
+    nights(
+        "ingest_tombstones",
+        "--input",
+        requests(tmp_path / "t2.csv", [("later", "user", "nobody", "", "", "")]),
+    )
+    night = nights("unlearn")
+    assert (night["requests"], night["ratings_removed"], night["rounds"]) == (1, 0, 0)
+    assert {r.request_id: r.ratings_removed for r in receipts_of(store)}["later"] == 0
+
+
 def receipts_of(store):
     return receipts.read(store, models.published(store)).collect()

@@ -147,11 +147,20 @@ def concatenate(blocks: Sequence[RatingBlock]) -> RatingBlock:
             np.zeros(0, np.int32),
             np.zeros(0, np.float32),
         )
-    return RatingBlock.from_entries(
-        np.concatenate([block.entry_rows() for block in blocks]),
-        np.concatenate([block.others for block in blocks]),
-        np.concatenate([block.values for block in blocks]),
-    )
+    slots = np.concatenate([block.slots for block in blocks])
+    others = np.concatenate([block.others for block in blocks])
+    values = np.concatenate([block.values for block in blocks])
+    order = np.argsort(slots, kind="stable")
+    if len(slots) > 1 and (np.diff(slots[order]) == 0).any():
+        rows = np.concatenate([block.entry_rows() for block in blocks])
+        return RatingBlock.from_entries(rows, others, values)
+    # Every row is whole in one block, its entries sorted: only rows have to be moved.
+    counts = np.concatenate([np.diff(block.indptr) for block in blocks])
+    stops = np.cumsum(counts)
+    entries = ranges((stops - counts)[order], stops[order])
+    indptr = np.zeros(len(slots) + 1, np.int64)
+    np.cumsum(counts[order], out=indptr[1:])
+    return RatingBlock(slots[order], indptr, others[entries], values[entries])
 
 
 def chunk_numbers(

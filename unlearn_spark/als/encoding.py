@@ -1,7 +1,12 @@
 """From a table of ratings to rating blocks spread over a session, once per training.
 
-The ids are replaced by slots (see `blocks`), the ratings are packed into binary chunks where they
-are read, and only chunks are shuffled: never single ratings.
+The ratings are packed into binary fragments where they are read, and only such arrays are shuffled:
+never single ratings. The ids are replaced by slots (see `blocks`) through the fragments' own short
+dictionaries.
+
+    ratings --> fragments with local codes --> dictionaries of all ids --> slots
+                    |                                                        |
+                    +------------------- codes to slots ---------------------+--> parts of a side
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
+from pyspark import TaskContext
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
@@ -29,12 +36,15 @@ if TYPE_CHECKING:
 Batches = Iterable[pa.RecordBatch]
 
 PACK_RATINGS = 2_000_000
-"""Ratings gathered before a chunk is sent: fewer, larger messages (24 MB at most each)."""
+"""Ratings of one fragment: few, large messages (24 MB), and ids are hashed once for so many."""
 
-ROWS_PER_BLOCK = 4096
-"""Rows of one storage block where the number of blocks is chosen from the data."""
+ROWS_PER_BLOCK = 16_384
+"""Rows of one storage block where the number of blocks is chosen from the data: 4 MB at rank 64."""
 
 MAX_BLOCKS = 4096
+
+TASK_RATINGS = 1_000_000
+"""Fewer are not spread over several tasks."""
 
 
 @dataclass(frozen=True)
@@ -67,29 +77,104 @@ class SideLayout:
         return balanced_keys(self.n_parts)
 
 
-def choose_blocks(n_rows: int, wanted: int | None) -> int:
-    """Storage blocks: as told, else about `ROWS_PER_BLOCK` rows each and eight at least."""
+def choose_blocks(n_rows: int, parallelism: int, wanted: int | None) -> int:
+    """Storage blocks: as told, else a power of two: about `ROWS_PER_BLOCK` rows each, at least
+    eight, and at least one for each task slot, because a block is the least that a task takes."""
     if wanted is not None:
         return wanted
-    power = max(3, int(np.ceil(np.log2(max(1, n_rows) / ROWS_PER_BLOCK))))
-    return int(min(MAX_BLOCKS, 1 << power))
+    least = max(8, parallelism, n_rows / ROWS_PER_BLOCK)
+    return int(min(MAX_BLOCKS, 1 << int(np.ceil(np.log2(least)))))
 
 
 def choose_parts(n_ratings: int, n_blocks: int, part_ratings: int, parallelism: int) -> int:
     """Tasks of a half-sweep: enough for every core and for memory, a divisor of `n_blocks`."""
     needed = -(-n_ratings // part_ratings)
-    # Tiny inputs are not worth a task per core: a task costs tens of milliseconds.
-    useful = max(1, min(parallelism, n_ratings // 50_000))
+    # A sweep of a million ratings takes a fraction of a second: less is not worth a task.
+    useful = max(1, min(parallelism, n_ratings // TASK_RATINGS))
     target = max(needed, useful)
     divisors = [d for d in range(1, n_blocks + 1) if n_blocks % d == 0]
     return next((d for d in divisors if d >= target), n_blocks)
 
 
-def count_ratings(ratings: DataFrame, id_column: str) -> DataFrame:
-    """(id, n_ratings) of one side."""
-    return ratings.groupBy(F.col(id_column).alias("id")).agg(
-        F.count(F.lit(1)).cast("int").alias("n_ratings")
+def fragment(ratings: DataFrame) -> DataFrame:
+    """Ratings packed where they are read, under numbers of their own.
+
+    Ids are hashed once, in Arrow, and whatever their type only small integers travel from here
+    on. The dictionaries that undo it are as long as a fragment has distinct ids.
+
+    Parameters
+    ----------
+    ratings
+        user_id, item_id (any types), rating (castable to float); no nulls.
+
+    Returns
+    -------
+    DataFrame
+        One row for about `PACK_RATINGS` ratings. fragment: its number; values: float32 (n,);
+        for either side `<side>_codes`: int32 (n,), `<side>_ids`: the id of each code, and
+        `<side>_counts`: its ratings here.
+    """
+    schema = "fragment long, values binary"
+    for side in ("user", "item"):
+        kind = ratings.schema[f"{side}_id"].dataType.simpleString()
+        schema += f", {side}_codes binary, {side}_ids array<{kind}>, {side}_counts array<int>"
+    entries = ratings.select("user_id", "item_id", F.col("rating").cast("float").alias("rating"))
+    return entries.mapInArrow(_fragments, schema)
+
+
+def _fragments(batches: Batches) -> Batches:
+    task = TaskContext.get()
+    place = task.partitionId() if task is not None else 0
+    waiting: list[pa.RecordBatch] = []
+    size = number = 0
+
+    def flush() -> Iterator[pa.RecordBatch]:
+        table = pa.Table.from_batches(waiting)
+        columns: dict[str, pa.Array] = {
+            "fragment": pa.array([(place << 32) | number], pa.int64()),
+            "values": _one_binary(table["rating"].to_numpy(), np.float32),
+        }
+        for side in ("user", "item"):
+            if table[f"{side}_id"].null_count or table["rating"].null_count:
+                raise ValueError("a rating has a null id or value; filter such rows out before")
+            encoded = table[f"{side}_id"].combine_chunks().dictionary_encode()
+            codes = encoded.indices.to_numpy()
+            counts = np.bincount(codes, minlength=len(encoded.dictionary)).astype(np.int32)
+            columns[f"{side}_codes"] = _one_binary(codes, np.int32)
+            columns[f"{side}_ids"] = _one_list(encoded.dictionary)
+            columns[f"{side}_counts"] = _one_list(pa.array(counts))
+        yield from pa.table(columns).to_batches()
+
+    for batch in batches:
+        waiting.append(batch)
+        size += batch.num_rows
+        if size >= PACK_RATINGS:
+            yield from flush()
+            waiting, size = [], 0
+            number += 1
+    if size:
+        yield from flush()
+
+
+def _one_binary(values: np.ndarray, dtype: type[np.generic]) -> pa.Array:
+    return pa.array([bytes(raw(values, dtype))], pa.binary())
+
+
+def _one_list(values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+def local_ids(fragments: DataFrame, side: str) -> DataFrame:
+    """(fragment, code, id, n): the dictionaries of the fragments, one row for each entry."""
+    zipped = F.arrays_zip(F.col(f"{side}_ids").alias("id"), F.col(f"{side}_counts").alias("n"))
+    return fragments.select("fragment", F.posexplode(zipped).alias("code", "entry")).select(
+        "fragment", "code", "entry.id", "entry.n"
     )
+
+
+def count_ratings(fragments: DataFrame, side: str) -> DataFrame:
+    """(id, n_ratings) of one side."""
+    return local_ids(fragments, side).groupBy("id").agg(F.sum("n").cast("int").alias("n_ratings"))
 
 
 def assign_slots(counted: DataFrame, n_blocks: int) -> DataFrame:
@@ -104,37 +189,52 @@ def assign_slots(counted: DataFrame, n_blocks: int) -> DataFrame:
 
 
 def encode(
-    ratings: DataFrame, users: DataFrame, items: DataFrame, layout: SideLayout, *, small: bool
+    fragments: DataFrame, users: DataFrame, items: DataFrame, layout: SideLayout
 ) -> DataFrame:
     """Rating parts of one side (columns of `PART_SCHEMA`), one row per part.
 
     Parameters
     ----------
-    ratings
-        user_id, item_id, rating.
+    fragments
+        What `fragment` made.
     users, items
         Dictionaries with id and slot.
     layout
         Of the side whose rows the parts hold.
-    small
-        Both dictionaries fit into an executor's memory many times: join by broadcast.
     """
-    hint = F.broadcast if small else (lambda frame: frame)
-    slots = ratings.join(
-        hint(users.select(F.col("id").alias("user_id"), F.col("slot").alias("user_slot"))),
-        "user_id",
-    ).join(
-        hint(items.select(F.col("id").alias("item_id"), F.col("slot").alias("item_slot"))),
-        "item_id",
+    slots = [
+        local_ids(fragments, side)
+        .join(names.select("id", "slot"), "id")
+        .select("fragment", F.lit(side).alias("side"), "code", "slot")
+        for side, names in (("user", users), ("item", items))
+    ]
+    # An alias is another column to Spark, which the two sides of a cogroup must not share.
+    own = F.col("fragment").alias("fragment")
+    packed = (
+        fragments.select(own, "values", "user_codes", "item_codes")
+        .groupBy("fragment")
+        .cogroup(slots[0].unionByName(slots[1]).groupBy("fragment"))
+        .applyInArrow(_renumber(layout), PART_SCHEMA)
     )
-    other = "item" if layout.side == "user" else "user"
-    entries = slots.select(
-        F.col(f"{layout.side}_slot").alias("row"),
-        F.col(f"{other}_slot").alias("other"),
-        F.col("rating").cast("float").alias("value"),
-    )
-    packed = entries.mapInArrow(_packer(layout.n_parts, layout.keys), PART_SCHEMA)
     return _build(packed, layout)
+
+
+def _renumber(layout: SideLayout) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    n_parts, keys = layout.n_parts, layout.keys
+    sides = ("user", "item") if layout.side == "user" else ("item", "user")
+
+    def renumber(left: pa.Table, right: pa.Table) -> pa.Table:
+        row = arrays_of(left)[0]
+        names = []
+        for side in sides:
+            mine = right.filter(pa.compute.equal(right["side"], side))
+            slots = np.empty(mine.num_rows, np.int32)
+            slots[mine["code"].to_numpy()] = mine["slot"].to_numpy()
+            names.append(slots[np.frombuffer(row[f"{side}_codes"], np.int32)])
+        values = np.frombuffer(row["values"], np.float32)
+        return binary_table(_entries_by_part(names[0], names[1], values, n_parts, keys))
+
+    return renumber
 
 
 def transpose(parts: DataFrame, layout: SideLayout) -> DataFrame:
@@ -192,28 +292,6 @@ def _entries_by_part(
                 "others": raw(others[first:last], np.int32),
                 "values": raw(values[first:last], np.float32),
             }
-
-
-def _packer(n_parts: int, keys: tuple[int, ...]) -> Callable[[Batches], Batches]:
-    def pack(batches: Batches) -> Batches:
-        waiting: list[tuple[np.ndarray, ...]] = []
-        size = 0
-
-        def flush() -> Iterator[pa.RecordBatch]:
-            rows, others, values = (np.concatenate(part) for part in zip(*waiting, strict=True))
-            for record in _entries_by_part(rows, others, values, n_parts, keys):
-                yield from binary_table([record]).to_batches()
-
-        for batch in batches:
-            waiting.append(tuple(column.to_numpy(zero_copy_only=False) for column in batch.columns))
-            size += batch.num_rows
-            if size >= PACK_RATINGS:
-                yield from flush()
-                waiting, size = [], 0
-        if size:
-            yield from flush()
-
-    return pack
 
 
 def _transposer(n_parts: int, keys: tuple[int, ...]) -> Callable[[Batches], Batches]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyspark.sql import functions as F
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
 
 PART_SCHEMA = "key int, part int, slots binary, counts binary, others binary, values binary"
 """Rating parts; `counts` is null in chunks of loose entries, where `slots` has one per rating."""
@@ -28,6 +28,10 @@ _KINDS = {
     "penalty": pa.float64(),
     "worst": pa.float64(),
 }
+
+
+SIDES = ("user", "item")
+"""In the order of every tuple and table that has something for both."""
 
 
 def other_side(side: str) -> str:
@@ -91,6 +95,22 @@ def matrix_of(column: pa.Array | pa.ChunkedArray, rank: int) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), rank)
 
 
+def gram_of(rows: DataFrame, rank: int) -> np.ndarray:
+    """X'X of factor rows, float64 (rank, rank); only partial sums reach the driver."""
+
+    def add_up(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        total = np.zeros((rank, rank))
+        for batch in batches:
+            x = matrix_of(batch.column("factors"), rank).astype(np.float64)
+            total += x.T @ x
+        yield pa.RecordBatch.from_arrays([pa.array([total.tobytes()], pa.binary())], ["gram"])
+
+    total = np.zeros((rank, rank))
+    for row in rows.select("factors").mapInArrow(add_up, "gram binary").collect():
+        total += np.frombuffer(row["gram"]).reshape(rank, rank)
+    return total
+
+
 def session_parallelism(spark: SparkSession) -> int:
     """Task slots of the session, learnt in a way that Connect allows.
 
@@ -130,3 +150,24 @@ def balanced_keys(n: int) -> tuple[int, ...]:
         keys.setdefault(_murmur3_int(candidate) % n, candidate)
         candidate += 1
     return tuple(keys[index] for index in range(n))
+
+
+def part_key(slot: str, keys: Sequence[int]) -> Column:
+    """The grouping key of the part that a slot (or a part's own number) belongs to."""
+    return F.expr(f"element_at(array({', '.join(map(str, keys))}), {slot} % {len(keys)} + 1)")
+
+
+def materialise(frame: DataFrame, how: str) -> DataFrame:
+    """Compute a frame once and keep it.
+
+    Parameters
+    ----------
+    how
+        `execution.checkpoint`: "local" also truncates the plan, so that loops stay fast; "persist"
+        is for clusters that may lose executors.
+    """
+    if how == "local":
+        return frame.localCheckpoint(eager=True)
+    frame = frame.persist()
+    frame.count()
+    return frame

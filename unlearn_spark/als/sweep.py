@@ -27,6 +27,7 @@ from unlearn_spark.als.spark import (
     arrays_of,
     binary_table,
     list_column,
+    part_key,
 )
 
 if TYPE_CHECKING:
@@ -142,6 +143,61 @@ class OtherSide:
         return cls(dense, gram, float(sum(row["scalar"] for row in messages)))
 
 
+@dataclass(frozen=True)
+class AnchorSweep:
+    """What solving the anchor's rows found.
+
+    Attributes
+    ----------
+    history : float32 (2h, n, rank)
+        g and f = g - y of this sweep, then of the one before, and so on.
+    quadratic, penalty
+        These rows' share of the objective without the anchor's penalty, and the other side's.
+    worst
+        Largest relative residual of y.
+    products : float64 (h, h)
+        These rows' share of the acceleration's matrix.
+    """
+
+    history: NDArray[np.float32]
+    quadratic: float
+    penalty: float
+    worst: float
+    products: NDArray[np.float64]
+
+
+def solve_anchor(
+    solver: Solver, ratings: RatingBlock, seen: OtherSide, stack: NDArray[np.float32]
+) -> AnchorSweep:
+    """Solve the anchor's rows; `stack` float32 (1 + 2h, n, rank) is y and the earlier history."""
+    y, past = stack[0], stack[1:]
+    solved = solver.solve(ratings, seen, y)
+    history = np.concatenate([solved.factors[None], (solved.factors - y)[None], past])
+    worst = relative_residual(solved.gradient_norm, solved.b_norm)
+    return AnchorSweep(
+        history,
+        solver.constant(ratings) + solved.quadratic,
+        seen.penalty,
+        float(worst.max(initial=0.0)),
+        history_products(list(history[1::2]), curvature_weights(solved.gradient_norm, history[1])),
+    )
+
+
+def mixed(
+    history: NDArray[np.float32],
+    weights: Sequence[float],
+    keep: int,
+    drop_newest: bool,
+    nonnegative: bool,
+) -> NDArray[np.float32]:
+    """The next stack from a history, see `next_iterate`."""
+    y = mix(list(history[0::2]), weights)
+    if nonnegative:
+        y = np.maximum(y, 0)  # weights may be negative
+    first = 2 if drop_newest else 0
+    return np.concatenate([y[None], history[first : first + 2 * keep]])
+
+
 def deliver(to: SideLayout, other: DataFrame, own: DataFrame | None = None) -> DataFrame:
     """Messages for every part of a side, placed as its rating parts are.
 
@@ -152,12 +208,12 @@ def deliver(to: SideLayout, other: DataFrame, own: DataFrame | None = None) -> D
     own
         Rows with part, slots and factors of the side itself; each goes to its own part.
     """
-    keys = F.array(*[F.lit(key) for key in to.keys])
+    every = F.explode(F.array(*[F.lit(key) for key in to.keys]))
     columns = ["key", "own", *FACTOR_KINDS]
-    messages = other.withColumns({"key": F.explode(keys), "own": F.lit(False)}).select(columns)
+    messages = other.withColumns({"key": every, "own": F.lit(False)}).select(columns)
     if own is not None:
         mine = {
-            "key": F.element_at(keys, F.col("part") + 1),
+            "key": part_key("part", to.keys),
             "own": F.lit(True),
             "gram": F.lit(None).cast("binary"),
             "scalar": F.lit(0.0),
@@ -212,22 +268,17 @@ def sweep_anchor(
         own = next(message for message in received if message["own"])
         seen = OtherSide.from_messages(received, solver.rank, other_slots)
         stack = np.frombuffer(own["factors"], np.float32).reshape(-1, ratings.n_rows, solver.rank)
-        y, past = stack[0], stack[1:]
-        solved = solver.solve(ratings, seen, y)
-        history = np.concatenate([solved.factors[None], (solved.factors - y)[None], past])
-        worst = relative_residual(solved.gradient_norm, solved.b_norm)
+        found = solve_anchor(solver, ratings, seen, stack)
         return binary_table(
             [
                 {
                     "part": row["part"],
                     "slots": row["slots"],
-                    "history": raw(history, np.float32),
-                    "quadratic": solver.constant(ratings) + solved.quadratic,
-                    "penalty": seen.penalty,
-                    "worst": float(worst.max(initial=0.0)),
-                    "products": history_products(
-                        list(history[1::2]), curvature_weights(solved.gradient_norm, history[1])
-                    ).tobytes(),
+                    "history": raw(found.history, np.float32),
+                    "quadratic": found.quadratic,
+                    "penalty": found.penalty,
+                    "worst": found.worst,
+                    "products": found.products.tobytes(),
                 }
             ]
         )
@@ -258,22 +309,13 @@ def next_iterate(
     DataFrame
         part, slots, history: float32 (1 + 2 keep, n, rank), first y, then the pairs.
     """
-    rank = solver.rank
-    nonnegative = solver.objective.nonnegative
-    first = 2 if drop_newest else 0
+    rank, nonnegative = solver.rank, solver.objective.nonnegative
 
     def combine(rows: dict[str, Any]) -> dict[str, Any]:
         n = len(rows["slots"]) // 4
         history = np.frombuffer(rows["history"], np.float32).reshape(-1, n, rank)
-        y = mix(list(history[0::2]), weights)
-        if nonnegative:
-            y = np.maximum(y, 0)  # weights may be negative
-        stack = np.concatenate([y[None], history[first : first + 2 * keep]])
-        return {
-            "part": rows["part"],
-            "slots": rows["slots"],
-            "history": raw(stack, np.float32),
-        }
+        stack = mixed(history, weights, keep, drop_newest, nonnegative)
+        return {"part": rows["part"], "slots": rows["slots"], "history": raw(stack, np.float32)}
 
     return map_rows(state, combine, "part int, slots binary, history binary")
 

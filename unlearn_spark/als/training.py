@@ -15,10 +15,18 @@ from pyspark.sql import functions as F
 from unlearn_spark.als import encoding
 from unlearn_spark.als.acceleration import Accelerator
 from unlearn_spark.als.blocks import raw
+from unlearn_spark.als.burst import CONVERGED, GOING_ON, Limits, burst, results_of
 from unlearn_spark.als.encoding import SideLayout
 from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.kernel import Objective
-from unlearn_spark.als.spark import binary_table, matrix_of, other_side, session_parallelism
+from unlearn_spark.als.spark import (
+    SIDES,
+    binary_table,
+    materialise,
+    matrix_of,
+    other_side,
+    session_parallelism,
+)
 from unlearn_spark.als.sweep import (
     Solver,
     factors_of,
@@ -31,10 +39,7 @@ from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
-
-BROADCAST_ROWS = 4_000_000
-"""Up to this many ids on a side, its dictionary is joined by broadcast."""
+    from pyspark.sql import Column, DataFrame
 
 
 @dataclass(frozen=True)
@@ -180,35 +185,46 @@ def encode_ratings(
         There are no ratings.
     """
     parallelism = session_parallelism(ratings.sparkSession)
-    counted = {
-        side: encoding.count_ratings(ratings, f"{side}_id").persist() for side in ("user", "item")
+    fragments = encoding.fragment(ratings).persist()
+    counted = {side: encoding.count_ratings(fragments, side).persist() for side in SIDES}
+    sizes = aggregates_of(counted, F.count(F.lit(1)), F.coalesce(F.sum("n_ratings"), F.lit(0)))
+    n_ratings = sizes["user"][1]
+    if n_ratings == 0:
+        raise InputError("there are no ratings to train on; ingest some first")
+    wanted = {"user": settings.user_blocks, "item": settings.item_blocks}
+    n_blocks = {
+        side: encoding.choose_blocks(sizes[side][0], parallelism, wanted[side]) for side in SIDES
     }
-    layouts: dict[str, SideLayout] = {}
-    dictionaries: dict[str, DataFrame] = {}
-    n_ratings = 0
-    for side, counts in counted.items():
-        totals = counts.agg(F.count(F.lit(1)), F.coalesce(F.sum("n_ratings"), F.lit(0))).first()
-        assert totals is not None
-        n_rows, n_ratings = int(totals[0]), int(totals[1])
-        if n_ratings == 0:
-            raise InputError("there are no ratings to train on; ingest some first")
-        n_blocks = encoding.choose_blocks(
-            n_rows, settings.user_blocks if side == "user" else settings.item_blocks
+    dictionaries = {
+        side: encoding.assign_slots(counted[side], n_blocks[side]).persist() for side in SIDES
+    }
+    last = aggregates_of(dictionaries, F.max("slot"))
+    layouts = {
+        side: SideLayout(
+            side,
+            sizes[side][0],
+            n_blocks[side],
+            encoding.choose_parts(n_ratings, n_blocks[side], execution.part_ratings, parallelism),
+            last[side][0] + 1,
         )
-        dictionaries[side] = encoding.assign_slots(counts, n_blocks).persist()
-        last = dictionaries[side].agg(F.max("slot")).first()
-        assert last is not None
-        n_parts = encoding.choose_parts(n_ratings, n_blocks, execution.part_ratings, parallelism)
-        layouts[side] = SideLayout(side, n_rows, n_blocks, n_parts, int(last[0]) + 1)
-        counts.unpersist()
-    small = all(layout.n_rows <= BROADCAST_ROWS for layout in layouts.values())
+        for side in SIDES
+    }
     user_parts = encoding.encode(
-        ratings, dictionaries["user"], dictionaries["item"], layouts["user"], small=small
+        fragments, dictionaries["user"], dictionaries["item"], layouts["user"]
     ).persist()
     item_parts = encoding.transpose(user_parts, layouts["item"]).persist()
     item_parts.count()
-    parts = {"user": user_parts, "item": item_parts}
-    return Encoded(layouts, dictionaries, parts, n_ratings)
+    for frame in (*counted.values(), fragments):
+        frame.unpersist()
+    return Encoded(layouts, dictionaries, {"user": user_parts, "item": item_parts}, n_ratings)
+
+
+def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str, tuple[int, ...]]:
+    """Aggregates of the frames of both sides, by one job and one row."""
+    users, items = (frames[side].agg(*aggregates) for side in SIDES)
+    row = users.crossJoin(items).first()
+    assert row is not None
+    return {"user": tuple(row)[: len(aggregates)], "item": tuple(row)[len(aggregates) :]}
 
 
 def start_iterate(
@@ -269,6 +285,8 @@ class Sweeper:
             Factor parts (`FACTOR_SCHEMA`) of the two sides; `other` is cached.
         converged : bool
         """
+        if all(layout.n_parts == 1 for layout in self.encoded.layouts.values()):
+            return self._run_in_bursts(iterate)
         encoded, solver = self.encoded, solver_of(self.settings)
         anchor, side = encoded.layouts[encoded.anchor], other_side(encoded.anchor)
         parts, layout = encoded.parts[side], encoded.layouts[side]
@@ -278,16 +296,10 @@ class Sweeper:
             started = time.perf_counter()
             y = factors_of(solver, iterate)
             other = solve_side(solver, parts, layout, y, anchor.n_slots).persist()
-            state = self._materialise(
-                sweep_anchor(
-                    solver,
-                    encoded.parts[encoded.anchor],
-                    anchor,
-                    other,
-                    layout.n_slots,
-                    iterate,
-                )
+            swept = sweep_anchor(
+                solver, encoded.parts[encoded.anchor], anchor, other, layout.n_slots, iterate
             )
+            state = materialise(swept, self.execution.checkpoint)
             scalars = state.select("quadratic", "penalty", "worst", "products").collect()
             objective = math.fsum(row["quadratic"] for row in scalars) + scalars[0]["penalty"]
             worst = max(row["worst"] for row in scalars)
@@ -307,12 +319,27 @@ class Sweeper:
             held = [other, state]
         raise AssertionError("max_sweeps is at least 1")
 
-    def _materialise(self, frame: DataFrame) -> DataFrame:
-        if self.execution.checkpoint == "local":
-            return frame.localCheckpoint(eager=True)
-        frame = frame.persist()
-        frame.count()
-        return frame
+    def _run_in_bursts(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
+        """The same for ratings that fit one task, without a Spark job for every sweep."""
+        encoded, solver = self.encoded, solver_of(self.settings)
+        sides = (encoded.anchor, other_side(encoded.anchor))
+        parts = (encoded.parts[sides[0]], encoded.parts[sides[1]])
+        layouts = (encoded.layouts[sides[0]], encoded.layouts[sides[1]])
+        accelerator = Accelerator(self.settings.memory)
+        state = iterate
+        while True:
+            limits = Limits(self.settings.max_sweeps - len(self.reports), self.settings.tol)
+            state = materialise(
+                burst(solver, parts, layouts, state, accelerator, limits),
+                self.execution.checkpoint,
+            )
+            row = state.select("reports", "state").first()
+            assert row is not None
+            for objective, worst, seconds in np.frombuffer(row["reports"]).reshape(-1, 3):
+                self._report(len(self.reports) + 1, float(objective), float(worst), float(seconds))
+            if row["state"] != GOING_ON:
+                anchor, other = results_of(solver, state)
+                return anchor, other.persist(), row["state"] == CONVERGED
 
     def _report(self, number: int, objective: float, worst: float, seconds: float) -> None:
         eta = None

@@ -116,6 +116,51 @@ def scores(before: ArrayLike, after: ArrayLike, retrained: ArrayLike, path: str 
     return _saved(figure, path)
 
 
+def comparison(
+    figures: Mapping[str, Any], deleted_scores: Mapping[str, ArrayLike], path: str | Path
+) -> Path:
+    """Scores of deleted entries and membership AUCs beside those of retrained models, as a PNG.
+
+    Parameters
+    ----------
+    figures, deleted_scores
+        Those of `unlearning.comparison.Comparison`: of figures, `models` with the `auc` of each;
+        scores float (n,) of `before`, `unlearned` and `retrained`.
+
+    Raises
+    ------
+    InputError
+        One of the arrays is empty.
+    UserError
+        matplotlib is not installed.
+    """
+    figure, (left, right) = _subplots(1, 2, figsize=(12, 4.5))
+    for name, values in deleted_scores.items():
+        ordered = np.sort(np.asarray(values, np.float64).ravel())
+        if not len(ordered):
+            raise InputError(f"there are no scores {name} to draw")
+        left.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", label=name)
+    left.set_xlabel("score of a deleted entry (0 where the model has no row)")
+    left.set_ylabel("share of entries at or below")
+    left.legend()
+    contestants = dict(figures["models"])
+    retrained = contestants.pop("retrained")
+    names = [*contestants, "retrained"]
+    aucs = [*(one["auc"] for one in contestants.values()), retrained["mean"]["auc"]]
+    for attack, marker, colour in (("score", "o", "tab:blue"), ("fitted", "s", "tab:orange")):
+        values = [np.nan if auc[attack] is None else auc[attack] for auc in aucs]
+        right.plot(values, range(len(names)), marker, color=colour, label=f"{attack} attack")
+        right.axvline(values[-1], color=colour, linestyle=":")
+        spread = retrained["spread"]["auc"][attack]
+        if spread is not None:
+            right.errorbar(values[-1], len(names) - 1, xerr=spread, color=colour, capsize=3)
+    right.set_yticks(range(len(names)), names)
+    right.invert_yaxis()
+    right.set_xlabel("membership AUC (dotted: retrained)")
+    right.legend()
+    return _saved(figure, path)
+
+
 def _subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

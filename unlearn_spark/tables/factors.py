@@ -33,6 +33,10 @@ LEDGER = "ledger"
 RATING_BLOCKS = "rating_blocks"
 RATING_CHANGES = "rating_changes"
 
+ROWS_PER_LEDGER_FILE = 1_000_000
+CHUNKS_PER_FILE = 16
+"""4 MB: a file is the least that is read to see the ratings of one row."""
+
 
 def factor_table(side: str) -> str:
     """The name `user_factors` or `item_factors`."""
@@ -71,8 +75,8 @@ LEDGER_SPEC = TableSpec(
         ("factor_norm", DoubleType()),
         ("drift_mark", DoubleType()),
     ),
-    partition_by=("side", "block"),
-    skipping=("slot",),
+    partition_by=("side",),
+    skipping=("block", "slot"),
 )
 """bound >= ||A x - b|| / ||b|| of the row. `gradient_norm` is an upper bound of the numerator,
 `b_norm` a lower bound of the denominator. `drift_mark` is the drift of the other side's Gram matrix
@@ -123,13 +127,12 @@ def _placed(rows: DataFrame, *partition: str, within: str) -> DataFrame:
     )
 
 
-def write_factors(store: Store, side: str, rows: DataFrame, *, whole: bool) -> int:
-    """Write factor rows; `whole` replaces the table, else just the blocks that occur."""
+def write_factors(store: Store, side: str, rows: DataFrame) -> int:
+    """Replace the factor rows of a side by these."""
     table = factor_table(side)
     spec = factor_spec(rows.schema["id"].dataType)
     store.create(table, spec)
-    rows = _placed(rows.select(*spec.schema.names), "block", within="slot")
-    return store.overwrite(table, rows) if whole else store.overwrite_partitions(table, rows)
+    return store.overwrite(table, _placed(rows.select(*spec.schema.names), "block", within="slot"))
 
 
 def replace_factor_blocks(store: Store, side: str, rows: DataFrame, blocks: list[int]) -> int:
@@ -156,17 +159,23 @@ def ledger_rows(rows: DataFrame, side: str) -> DataFrame:
     )
 
 
-def write_ledger(store: Store, rows: DataFrame, *, whole: bool) -> int:
-    """Write ledger entries; `whole` replaces the table, else just the (side, block)s that occur."""
+def write_ledger(store: Store, rows: DataFrame, n_rows: int) -> int:
+    """Replace the ledger by these entries.
+
+    It is written whole: a moved row changes the entries of its neighbours, wherever they are.
+    """
     store.create(LEDGER, LEDGER_SPEC)
-    rows = _placed(rows.select(*LEDGER_SPEC.schema.names), "side", "block", within="slot")
-    return store.overwrite(LEDGER, rows) if whole else store.overwrite_partitions(LEDGER, rows)
+    files = -(-n_rows // ROWS_PER_LEDGER_FILE)
+    rows = rows.select(*LEDGER_SPEC.schema.names)
+    placed = rows.repartition(2 * files, "side", F.pmod("block", F.lit(files)))
+    return store.overwrite(LEDGER, placed.sortWithinPartitions("side", "block", "slot"))
 
 
 def write_rating_blocks(store: Store, chunks: DataFrame) -> int:
     """Replace the packed ratings."""
     store.create(RATING_BLOCKS, RATING_BLOCKS_SPEC)
-    return store.overwrite(RATING_BLOCKS, _placed(chunks, "side", "block", within="chunk"))
+    placed = _placed(chunks, "side", "block", within="chunk")
+    return store.overwrite(RATING_BLOCKS, placed, max_records_per_file=CHUNKS_PER_FILE)
 
 
 def clear_rating_changes(store: Store) -> int:

@@ -39,6 +39,7 @@ _ISO_8601 = (
 )
 _FIRST_SECOND, _LAST_SECOND = -62135596800, 253402300799  # years 1 and 9999
 _UNUSED_SEPARATOR = "\x01"
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 _INTEGRAL = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
 
 
@@ -132,11 +133,15 @@ def read_ratings(
 
 
 def check_exists(path: str) -> None:
-    """Raise InputError where a local path that is no glob is missing."""
+    """Raise InputError where a local path that is no glob is missing or out of reach."""
     if "://" in path or path.startswith("dbfs:") or any(mark in path for mark in "*?[{"):
         return
-    if not Path(path).exists():
-        raise InputError(f"--input {path}: no such file or folder; check the path")
+    try:
+        Path(path).stat()
+    except PermissionError as error:
+        raise InputError(f"--input {path}: not readable; check its permissions") from error
+    except OSError as error:
+        raise InputError(f"--input {path}: no such file or folder; check the path") from error
 
 
 @contextmanager
@@ -179,14 +184,27 @@ _COMPLAINTS = (
 
 
 def first_line(spark: SparkSession, path: str) -> str:
-    """The first line that is not blank; raises InputError where there is none."""
+    """The first line that is not blank; raises InputError where there is none, or no text."""
     found = spark.read.text(path).where(
         (F.col("_metadata.file_block_start") == 0) & (F.trim("value") != "")
     )
     row = found.select("value").first()
     if row is None:
-        raise InputError(f"--input {path}: is empty; give a file with ratings")
-    return str(row["value"])
+        raise InputError(f"--input {path}: is empty; give a file with some rows")
+    line = str(row["value"])
+    if _CONTROL.search(line):
+        raise InputError(f"--input {path}: is no text in UTF-8; check --format and the encoding")
+    return line
+
+
+def header_names(path: str, header: str) -> list[str]:
+    """The names in a csv header line; raises InputError where it is none."""
+    try:
+        return [name.strip() for name in next(csv.reader([header]))]
+    except csv.Error as error:
+        raise InputError(
+            f"--input {path}: its first line is no csv header ({error}); check --format"
+        ) from error
 
 
 # --- text formats ---------------------------------------------------------------------------
@@ -195,7 +213,7 @@ def first_line(spark: SparkSession, path: str) -> str:
 def _from_csv(
     spark: SparkSession, path: str, header: str, columns: Mapping[str, str]
 ) -> RawRatings:
-    names = [name.strip() for name in next(csv.reader([header]))]
+    names = header_names(path, header)
     where = _locate(names, columns, path)
     return _from_fields(
         lines_below_header(spark, path, header), path, csv_fields(len(names)), where

@@ -27,6 +27,8 @@ TABLE = "ratings"
 USER_KEYS = 1024
 """Distinct values of `user_key`."""
 ROWS_PER_BLOCK = 1_000_000
+ROWS_PER_FILE = 131_072
+"""Of the first ingest, sorted by `user_key`: what has to be read for the ratings of one user."""
 MAX_USER_BLOCKS = 256
 USER_BLOCKS_PROPERTY = "unlearn.userBlocks"
 
@@ -141,10 +143,9 @@ def covering(store: Store, ids: DataFrame, version: int | None = None) -> DataFr
     if "user_id" in names:
         blocks = user_blocks(store)
         places = ids.select(*_places(F.col("user_id"), blocks)).distinct()
-        for column in ("user_block", "user_key"):
-            wanted = _few(places, column)
-            if wanted is not None:
-                rows = rows.where(F.col(column).isin(wanted))
+        near = _near(places)
+        if near is not None:
+            rows = rows.where(near)
     return rows.join(F.broadcast(ids), names, "left_semi").select(*_COLUMNS)
 
 
@@ -173,17 +174,16 @@ def delete(store: Store, pairs: DataFrame) -> int:
     """
     keyed = pairs.select("user_id", "item_id").distinct()
     keyed = keyed.select(*_places(F.col("user_id"), user_blocks(store)), "user_id", "item_id")
-    condition = _pair_condition(_few(keyed, "user_block"))
-    return store.merge(TABLE, keyed, condition, ["WHEN MATCHED THEN DELETE"])
+    condition = _pair_condition(_near(keyed, "t."))
+    # Without the hint all ratings of those blocks would be sorted to meet the few pairs.
+    return store.merge(TABLE, F.broadcast(keyed), condition, ["WHEN MATCHED THEN DELETE"])
 
 
-def _pair_condition(blocks: Sequence[int] | None) -> str:
-    """Column names and block numbers only: Delta writes this text into the log."""
+def _pair_condition(near: str | None) -> str:
+    """Column names and block and key numbers only: Delta writes this text into the log."""
     names = ("user_block", "user_key", "user_id", "item_id")
     condition = " AND ".join(f"t.{name} = s.{name}" for name in names)
-    if blocks:
-        condition += f" AND t.user_block IN ({', '.join(map(str, blocks))})"
-    return condition
+    return condition if near is None else f"{condition} AND ({near})"
 
 
 # --- ingesting ------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def _upsert(
     n_blocks = user_blocks(store)
     if version == _EMPTY_VERSION:
         rows = _newest(good, n_blocks).withColumn("ingest_id", F.lit(ingest_id).cast("bigint"))
-        version = store.append(TABLE, rows.select(*_COLUMNS))
+        version = store.append(TABLE, rows.select(*_COLUMNS), max_records_per_file=ROWS_PER_FILE)
         return read(store, version).count(), version
 
     newest = _newest(good, n_blocks)
@@ -374,7 +374,7 @@ def _upsert(
         version = store.merge(
             TABLE,
             changes,
-            _pair_condition(_few(changes, "user_block")),
+            _pair_condition(_near(changes, "t.")),
             [
                 "WHEN MATCHED THEN UPDATE SET "
                 + ", ".join(f"t.{name} = s.{name}" for name in updated),
@@ -445,6 +445,30 @@ def _places(user_id: Column, n_blocks: int) -> list[Column]:
         F.pmod(hashed, F.lit(n_blocks)).cast("int").alias("user_block"),
         F.pmod(F.shiftright(hashed, 32), F.lit(USER_KEYS)).cast("int").alias("user_key"),
     ]
+
+
+def _near(rows: DataFrame, prefix: str = "") -> str | None:
+    """An SQL condition by which files without the users of these rows are skipped.
+
+    None where they are so many that it would skip little.
+    """
+    columns = ("user_block", "user_key")
+    found = rows.select(*columns).distinct().limit(_PRUNING_LIMIT + 1).collect()
+    if len(found) > _PRUNING_LIMIT:
+        blocks = _few(rows, "user_block")
+        return None if blocks is None else f"{prefix}user_block IN ({_listed(blocks)})"
+    keys: dict[int, list[int]] = {}
+    for row in found:
+        keys.setdefault(row["user_block"], []).append(row["user_key"])
+    alternatives = [
+        f"({prefix}user_block = {block} AND {prefix}user_key IN ({_listed(here)}))"
+        for block, here in sorted(keys.items())
+    ]
+    return " OR ".join(alternatives) or "false"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
 
 
 def _few(rows: DataFrame, column: str) -> list[int] | None:

@@ -79,9 +79,9 @@ def check_export(path: str) -> None:
     if "://" in path or path.startswith(("dbfs:", "/Volumes/")):
         return
     target = Path(path)
-    if target.exists() and not (target.suffix == "" and (target / "_delta_log").is_dir()):
+    if os.path.exists(target) and not (target.suffix == "" and (target / "_delta_log").is_dir()):
         raise InputError(f"--output {path}: exists already; name another or remove it")
-    existing = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    existing = next(p for p in (target.absolute(), *target.absolute().parents) if os.path.exists(p))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--output {path}: {existing} is no writable directory; name another")
 

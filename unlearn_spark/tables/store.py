@@ -82,6 +82,10 @@ class TableSpec:
     deletion_vectors: bool = False
 
 
+def _file_size(max_records: int | None) -> dict[str, str]:
+    return {} if max_records is None else {"maxRecordsPerFile": str(max_records)}
+
+
 def check_root(settings: Settings) -> None:
     """Fail early, in one line, where tables cannot be kept.
 
@@ -99,7 +103,7 @@ def check_root(settings: Settings) -> None:
     if "://" in settings.root or settings.root.startswith(("dbfs:", "/Volumes/")):
         return
     path = Path(settings.root)
-    existing = next((p for p in [path, *path.absolute().parents] if p.exists()), Path("/"))
+    existing = next((p for p in [path, *path.absolute().parents] if os.path.exists(p)), Path("/"))
     if not existing.is_dir():
         raise SettingsError(f"--root {settings.root}: {existing} is a file; name a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -202,17 +206,16 @@ class Store:
                 f"{partition} TBLPROPERTIES ({listed})"
             )
 
-    def append(self, table: str, rows: DataFrame) -> int:
+    def append(self, table: str, rows: DataFrame, max_records_per_file: int | None = None) -> int:
         """Append rows; returns the Delta version that holds them."""
-        return self._write(table, rows, "append", {})
+        return self._write(table, rows, "append", _file_size(max_records_per_file))
 
-    def overwrite(self, table: str, rows: DataFrame) -> int:
+    def overwrite(
+        self, table: str, rows: DataFrame, max_records_per_file: int | None = None
+    ) -> int:
         """Replace all rows; the earlier versions stay readable."""
-        return self._write(table, rows, "overwrite", {"partitionOverwriteMode": "static"})
-
-    def overwrite_partitions(self, table: str, rows: DataFrame) -> int:
-        """Replace just the partitions that occur in `rows`; all other files stay as they are."""
-        return self._write(table, rows, "overwrite", {"partitionOverwriteMode": "dynamic"})
+        options = {"partitionOverwriteMode": "static", **_file_size(max_records_per_file)}
+        return self._write(table, rows, "overwrite", options)
 
     def replace_where(self, table: str, rows: DataFrame, predicate: str) -> int:
         """Replace the rows that meet a predicate on partition columns (no ids: it is logged)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import PurePosixPath
@@ -214,7 +213,7 @@ def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
         )
     first = formats.first_line(spark, path)
     if format == "csv":
-        names = [name.strip() for name in next(csv.reader([first]))]
+        names = formats.header_names(path, first)
         _require_columns(names, path)
         lines = formats.lines_below_header(spark, path, first)
         lines = lines.withColumn("fields", formats.csv_fields(len(names)))

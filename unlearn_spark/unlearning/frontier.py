@@ -12,12 +12,14 @@ it. The idea of starting from the trained factors is Unlearn-ALS (Xu et al. 2023
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
@@ -25,22 +27,24 @@ from unlearn_spark.als.blocks import RatingBlock, concatenate, raw
 from unlearn_spark.als.kernel import relative_residual, row_residuals, solve_rows
 from unlearn_spark.als.spark import (
     PART_SCHEMA,
+    SIDES,
     arrays_of,
     balanced_keys,
     binary_table,
     list_column,
+    materialise,
     matrix_of,
     other_side,
+    part_key,
 )
-from unlearn_spark.unlearning.ledger import drift, gram, rating_terms
+from unlearn_spark.unlearning.ledger import drift, gram, moved_terms, rating_terms
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from pyspark.sql import Column, DataFrame
 
     from unlearn_spark.als.sweep import Solver
     from unlearn_spark.config import ExecutionSettings, UnlearnSettings
 
-SIDES = ("user", "item")
 
 LEDGER_COLUMNS = (
     "side",
@@ -62,8 +66,49 @@ _SOLVED = (
     "push_slots binary, push_gradients binary, push_bs binary, gram_change binary, "
     "n_solved long, n_ratings long, scanned_ratings long"
 )
-_FACTOR_ROWS = "slot int, factors array<float>, gradient_norm double, b_norm double, solved boolean"
+_FACTOR_ROWS = (
+    "slot int, factors array<float>, gradient_norm double, b_norm double, factor_norm double, "
+    "solved boolean"
+)
 _PUSHES = "slot int, gradient double, b double"
+
+
+Places = Sequence[tuple[int, int]]
+"""(block, chunk)s."""
+
+MOST_PLACES = 512
+"""Beyond this many chunks whole blocks are looked through."""
+
+MOST_SWEEPS = 4.0
+"""Work in rounds after which sweeping everything is thought to be cheaper."""
+
+MOST_MOVED = 8
+"""Rounds of one side whose results are kept apart."""
+
+BROADCAST_ROWS = 1_000_000
+"""Up to this many small rows are sent to every executor instead of shuffling factors."""
+
+
+@dataclass(frozen=True)
+class SideState:
+    """How the ledger of one side stands.
+
+    Attributes
+    ----------
+    over
+        Rows whose bound exceeds tau.
+    ratings
+        Ratings of the rows whose bound exceeds the lower mark.
+    worst
+        The largest bound.
+    places
+        Chunks in which those rows lie; None: too many to list.
+    """
+
+    over: int
+    ratings: int
+    worst: float
+    places: Places | None
 
 
 @dataclass
@@ -116,26 +161,45 @@ class Frontier:
     work: Work
     progress: Callable[[str], None] = lambda message: None
     rounds: int = 0
-    solved: dict[str, DataFrame | None] = field(default_factory=lambda: dict.fromkeys(SIDES))
+    moved: dict[str, list[DataFrame]] = field(default_factory=lambda: {s: [] for s in SIDES})
     grams: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     # --- reading -----------------------------------------------------------------------------
 
-    def current(self, side: str) -> DataFrame:
-        """(slot, factors) of a side, with what was re-solved tonight."""
+    def solved(self, side: str) -> DataFrame | None:
+        """(slot, factors) of the rows that were re-solved tonight, as they are now."""
+        rounds = self.moved[side]
+        if not rounds:
+            return None
+        if len(rounds) == 1:
+            return rounds[0].drop("round")
+        every = reduce(lambda left, right: left.unionByName(right), rounds)
+        return every.groupBy("slot").agg(F.max_by("factors", "round").alias("factors"))
+
+    def current(self, side: str, wanted: DataFrame | None = None) -> DataFrame:
+        """(slot, factors) of a side, with what was re-solved tonight.
+
+        Parameters
+        ----------
+        wanted
+            slot, and whatever else the result shall keep; every row by default.
+        """
         rows = self.factors[side]
-        moved = self.solved[side]
-        if moved is not None:
-            newer = moved.select("slot", F.col("factors").alias("newer"))
-            rows = rows.join(newer, "slot", "left").select(
-                "slot", F.coalesce("newer", "factors").alias("factors")
-            )
-        return rows
+        if wanted is not None:
+            rows = wanted.join(rows, "slot")
+        moved = self.solved(side)
+        if moved is None:
+            return rows
+        newer = moved.withColumnRenamed("factors", "newer")
+        return rows.join(newer, "slot", "left").select(
+            *[name for name in rows.columns if name != "factors"],
+            F.coalesce("newer", "factors").alias("factors"),
+        )
 
-    def ratings_of(self, side: str, active: DataFrame, keys: tuple[int, ...]) -> DataFrame:
+    def ratings_of(
+        self, side: str, active: DataFrame, keys: tuple[int, ...], places: Places | None = None
+    ) -> DataFrame:
         """Rating parts (`PART_SCHEMA`) of the active rows alone.
-
-        Only the chunks that hold one of them are read.
 
         Parameters
         ----------
@@ -143,25 +207,29 @@ class Frontier:
             slot, block, chunk.
         keys
             One for each part; a row belongs to part `slot % len(keys)`.
+        places
+            The (block, chunk)s in which the active rows lie, where they are known and few: no
+            other file is read.
         """
         wanted = (
             active.where("chunk >= 0")
             .groupBy("block", "chunk")
-            .agg(F.array_sort(F.collect_list("slot")).alias("wanted"))
+            .agg(F.collect_list("slot").alias("wanted"))
         )
+        chunks = self.chunks.where(F.col("side") == side)
+        if places is not None:
+            chunks = chunks.where(_at(places))
         stored = (
-            self.chunks.where(F.col("side") == side)
-            .join(F.broadcast(wanted), ["block", "chunk"])
+            chunks.join(F.broadcast(wanted), ["block", "chunk"])
             .select("wanted", "slots", "counts", "others", "values")
             .mapInArrow(_keep_wanted(keys), _LOADED)
         )
-        key = F.element_at(F.array(*[F.lit(k) for k in keys]), F.col("slot") % len(keys) + 1)
         nothing = F.lit(None).cast("binary")
         overlay = (
             self.changes.where(F.col("side") == side)
             .join(F.broadcast(active.select("slot")), "slot")
             .select(
-                key.cast("int").alias("key"),
+                part_key("slot", keys).alias("key"),
                 *[nothing.alias(name) for name in ("slots", "counts", "others", "values")],
                 "slot",
                 F.col("other_slot").alias("other"),
@@ -177,7 +245,9 @@ class Frontier:
             block = _overlaid(table)
             return binary_table([{"key": number, "part": part_of[number], **block.to_binary()}])
 
-        return stored.unionByName(overlay).groupBy("key").applyInArrow(join_up, PART_SCHEMA)
+        # As many partitions as parts: adaptive execution would join them by their size.
+        loaded = stored.unionByName(overlay).repartition(len(keys), "key")
+        return loaded.groupBy("key").applyInArrow(join_up, PART_SCHEMA)
 
     # --- steps -------------------------------------------------------------------------------
 
@@ -271,58 +341,62 @@ class Frontier:
         )
 
     def run(self) -> bool:
-        """Rounds until no bound exceeds tau; False when `max_rounds` were not enough."""
-        tau = self.settings.tau
+        """Rounds until no bound exceeds tau; False when the loop is not the cheaper way."""
         while True:
-            state = self.summary(tau)
-            if all(state[side]["over"] == 0 for side in SIDES):
+            state = self.summary()
+            over = {side: state[side] for side in SIDES if state[side].over}
+            if not over:
                 return True
-            if self.rounds >= self.settings.max_rounds or self.work.sweeps > 4:
+            if self.rounds >= self.settings.max_rounds or self.work.sweeps > MOST_SWEEPS:
                 return False
             # The side with less to do first: its rows often quieten the other.
-            side = min(
-                (side for side in SIDES if state[side]["over"]),
-                key=lambda name: state[name]["ratings"],
-            )
+            side = min(over, key=lambda name: over[name].ratings)
             self.rounds += 1
-            self.resolve(side)
+            self.resolve(side, over[side])
             self.progress(
-                f"round {self.rounds}: {state[side]['over']} {side} rows over tau, "
-                f"largest bound {state[side]['worst']:.1e}; {self.work.sweeps:.3f} sweeps so far"
+                f"round {self.rounds}: {over[side].over} {side} rows over tau, "
+                f"largest bound {over[side].worst:.1e}; {self.work.sweeps:.3f} sweeps so far"
             )
 
-    def summary(self, mark: float) -> dict[str, dict[str, Any]]:
-        """By side: rows over a mark, the ratings that they have, the largest bound."""
-        over = bound() > mark
+    def summary(self) -> dict[str, SideState]:
+        """How each side stands."""
+        tau = self.settings.tau
+        marked = bound() > self.settings.lower_mark * tau
+        place = F.when(marked & (F.col("chunk") >= 0), F.struct("block", "chunk"))
         rows = (
             self.ledger.groupBy("side")
             .agg(
-                F.count_if(over).alias("over"),
-                F.coalesce(F.sum(F.when(over, F.col("n_ratings"))), F.lit(0)).alias("ratings"),
-                F.max(bound()).alias("worst"),
+                F.count_if(bound() > tau).alias("over"),
+                F.coalesce(F.sum(F.when(marked, F.col("n_ratings"))), F.lit(0)).alias("ratings"),
+                F.coalesce(F.max(bound()), F.lit(0.0)).alias("worst"),
+                F.collect_set(place).alias("places"),
             )
+            .withColumn("places", F.when(F.size("places") <= MOST_PLACES, F.col("places")))
             .collect()
         )
-        found = {row["side"]: row.asDict() for row in rows}
-        empty = {"over": 0, "ratings": 0, "worst": 0.0}
-        return {side: found.get(side, empty) for side in SIDES}
+        found = {
+            row["side"]: SideState(
+                row["over"],
+                row["ratings"],
+                row["worst"],
+                None if row["places"] is None else [tuple(place) for place in row["places"]],
+            )
+            for row in rows
+        }
+        return {side: found.get(side, SideState(0, 0, 0.0, [])) for side in SIDES}
 
-    def resolve(self, side: str) -> None:
+    def resolve(self, side: str, state: SideState) -> None:
         """Look at the rows of a side over the lower mark: scan them, re-solve those that need it,
         and push what moved into the other side."""
         mark = self.settings.lower_mark * self.settings.tau
         active = self.ledger.where((F.col("side") == side) & (bound() > mark))
-        active = self._checkpoint(active)
-        totals = active.agg(F.sum("n_ratings")).first()
-        n_ratings = int(totals[0] or 0) if totals else 0
-        useful = max(1, min(self.parallelism, n_ratings // 200_000))
-        n_parts = max(useful, -(-n_ratings // self.execution.part_ratings))
-        result = self._solve(side, active, balanced_keys(n_parts), mark)
+        useful = max(1, min(self.parallelism, state.ratings // 200_000))
+        n_parts = max(useful, -(-state.ratings // self.execution.part_ratings))
+        result = self._solve(side, active, balanced_keys(n_parts), mark, state)
         figures = result.select("gram_change", "n_solved", "n_ratings", "scanned_ratings").collect()
         for row in figures:
             self.work.add(row["n_ratings"], row["n_solved"], row["scanned_ratings"])
         rows = result.mapInArrow(_factor_rows(self.solver.rank), _FACTOR_ROWS)
-        rows = self._checkpoint(rows)
         pushes = result.mapInArrow(_push_rows, _PUSHES).withColumn("side", F.lit(other_side(side)))
         drifts = {}
         if self.solver.objective.implicit_prefs:
@@ -338,9 +412,7 @@ class Frontier:
             "slot",
             F.col("gradient_norm").alias("g"),
             F.col("b_norm").alias("n"),
-            F.sqrt(
-                F.aggregate("factors", F.lit(0.0), lambda total, v: total + v.cast("double") * v)
-            ).alias("f"),
+            F.col("factor_norm").alias("f"),
         )
         replaced = self.ledger.join(fresh, ["side", "slot"], "left").select(
             *[c for c in LEDGER_COLUMNS if c not in ("gradient_norm", "b_norm", "factor_norm")],
@@ -349,34 +421,42 @@ class Frontier:
             F.coalesce("f", "factor_norm").alias("factor_norm"),
         )
         self.ledger = self._checkpoint(self._pushed(replaced, pushes, drifts))
-        # One frame whatever the number of rounds: a chain of them would make every plan longer.
         moved = rows.where("solved").select("slot", "factors")
-        earlier = self.solved[side]
-        if earlier is not None:
-            moved = moved.unionByName(earlier.join(moved.select("slot"), "slot", "left_anti"))
-        self.solved[side] = self._checkpoint(moved)
+        self.moved[side].append(moved.withColumn("round", F.lit(self.rounds)))
+        if len(self.moved[side]) >= MOST_MOVED:
+            # One frame for many: a long chain would make every plan longer.
+            merged = self.solved(side)
+            assert merged is not None
+            self.moved[side] = [self._checkpoint(merged.withColumn("round", F.lit(self.rounds)))]
 
-    def _solve(self, side: str, active: DataFrame, keys: tuple[int, ...], mark: float) -> DataFrame:
+    def _solve(
+        self,
+        side: str,
+        active: DataFrame,
+        keys: tuple[int, ...],
+        mark: float,
+        state: SideState,
+    ) -> DataFrame:
         other = other_side(side)
-        parts = self.ratings_of(side, active, keys).persist()
+        parts = self.ratings_of(side, active, keys, state.places)
+        parts = parts.repartition(len(keys), "key").persist()
         needed = parts.mapInArrow(_distinct_others, "key int, slot int")
-        key = F.element_at(F.array(*[F.lit(k) for k in keys]), F.col("slot") % len(keys) + 1)
-        own = active.select(
+        if state.ratings <= BROADCAST_ROWS:  # at most one needed row for each rating
+            needed = F.broadcast(needed)
+        theirs = self.current(other, needed).select(
+            "key", "slot", "factors", F.lit(False).alias("own"), F.lit(False).alias("forced")
+        )
+        mine = active.select(
+            part_key("slot", keys).alias("key"),
             "slot",
-            key.cast("int").alias("key"),
             (F.col("gradient_norm") == float("inf")).alias("forced"),
         )
-        messages = (
-            needed.join(self.current(other), "slot")
-            .select(
-                "key", "slot", "factors", F.lit(False).alias("own"), F.lit(False).alias("forced")
-            )
-            .unionByName(
-                own.join(self.current(side), "slot").select(
-                    "key", "slot", "factors", F.lit(True).alias("own"), "forced"
-                )
-            )
+        if state.ratings <= BROADCAST_ROWS:
+            mine = F.broadcast(mine)
+        mine = self.current(side, mine).select(
+            "key", "slot", "factors", F.lit(True).alias("own"), "forced"
         )
+        messages = theirs.unionByName(mine).repartition(len(keys), "key")
         solve = _row_solver(self.solver, mark, self.grams.get(other))
         result = self._checkpoint(
             parts.groupBy("key").cogroup(messages.groupBy("key")).applyInArrow(solve, _SOLVED)
@@ -385,11 +465,19 @@ class Frontier:
         return result
 
     def _checkpoint(self, frame: DataFrame) -> DataFrame:
-        if self.execution.checkpoint == "local":
-            return frame.localCheckpoint(eager=True)
-        frame = frame.persist()
-        frame.count()
-        return frame
+        return materialise(frame, self.execution.checkpoint)
+
+
+def _at(places: Places) -> Column:
+    """The chunks at these places, in a form by which files are skipped."""
+    by_block: dict[int, list[int]] = {}
+    for block, chunk in sorted(places):
+        by_block.setdefault(block, []).append(chunk)
+    here = [
+        f"(block = {block} AND chunk IN ({', '.join(map(str, chunks))}))"
+        for block, chunks in by_block.items()
+    ]
+    return F.expr(" OR ".join(here) or "false")
 
 
 def bound() -> F.Column:
@@ -510,12 +598,10 @@ def _row_solver(
             gradient[needs], b[needs] = row_residuals(
                 sub.indptr, sub_index, sub.values, y, solved, objective, gram=other_gram
             )
-            rows = np.repeat(np.arange(sub.n_rows), np.diff(sub.indptr))
-            moved = [
-                rating_terms(sub_index, rows, sub.values, y, x, objective)
-                for x in (solved, before[needs])
-            ]
-            pushes = (moved[0] - moved[1]).norms()
+            moved = moved_terms(
+                sub.indptr, sub_index, sub.values, y, solved, before[needs], objective
+            )
+            pushes = moved.norms()
             change = gram(solved) - gram(before[needs])
         return binary_table(
             [
@@ -552,14 +638,15 @@ def _factor_rows(
     def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         for batch in batches:
             for row in arrays_of(batch):
+                factors = np.frombuffer(row["factors"], np.float32).reshape(-1, rank)
+                norms = np.linalg.norm(factors.astype(np.float64), axis=1)
                 yield from pa.table(
                     {
                         "slot": pa.array(np.frombuffer(row["slots"], np.int32)),
-                        "factors": list_column(
-                            np.frombuffer(row["factors"], np.float32).reshape(-1, rank)
-                        ),
+                        "factors": list_column(factors),
                         "gradient_norm": pa.array(np.frombuffer(row["gradient_norms"])),
                         "b_norm": pa.array(np.frombuffer(row["b_norms"])),
+                        "factor_norm": pa.array(norms),
                         "solved": pa.array(np.frombuffer(row["solved"], np.bool_)),
                     }
                 ).to_batches()

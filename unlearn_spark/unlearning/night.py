@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +23,18 @@ from unlearn_spark import publishing
 from unlearn_spark.als import encoding
 from unlearn_spark.als.encoding import SideLayout
 from unlearn_spark.als.initial import initial_factors
-from unlearn_spark.als.spark import list_column, matrix_of, other_side, session_parallelism
+from unlearn_spark.als.spark import (
+    SIDES,
+    gram_of,
+    list_column,
+    materialise,
+    other_side,
+    session_parallelism,
+)
 from unlearn_spark.als.training import (
     Encoded,
     Sweeper,
+    aggregates_of,
     finish_rows,
     largest_residual,
     solver_of,
@@ -33,8 +43,7 @@ from unlearn_spark.als.training import (
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.unlearning import requests
-from unlearn_spark.unlearning.frontier import LEDGER_COLUMNS, SIDES, Frontier, Work, bound
-from unlearn_spark.unlearning.ledger import gram
+from unlearn_spark.unlearning.frontier import LEDGER_COLUMNS, Frontier, Work, bound
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -71,73 +80,102 @@ class Changes:
     tombstones_version: int | None
 
 
-def collect_changes(store: Store, model: ModelVersion) -> Changes:
-    """Pending requests, the ratings that they take out of the model, and the new ratings."""
+def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Changes:
+    """Pending requests, the ratings that they take out of the model, and the new ratings.
+
+    Reads the user blocks that the requests name, and all of the ratings only for a request that
+    names an item.
+    """
     if model.ratings_version is None:
         raise InputError(f"model version {model.model_version} names no ratings; train it here")
     ratings_version = store.version(ratings.TABLE)
     tombstones_version = tombstones.version(store)
-    known = ratings.read(store, model.ratings_version).where(
-        F.col("ingest_id") <= (model.ratings_ingest_id or 0)
-    )
-    newest = ratings.newest_ingest(store, ratings_version)
-    columns = ["user_id", "item_id", "rating", "rated_at"]
-    added = ratings.since(store, model.ratings_ingest_id or 0, ratings_version).select(columns)
-    pending = removed = None
+    seen = ingest_id = model.ratings_ingest_id or 0
+    every = pending = removed = None
     n_requests = 0
-    leaving = known.select("user_id", "item_id", "rating").limit(0)
     if tombstones_version is not None:
         every = tombstones.read(store, tombstones_version)
-        if model.tombstones_version is not None:
-            known = requests.retained(known, tombstones.read(store, model.tombstones_version))
         pending = requests.effective(every)
         done = receipts.read(store, model)
         if done is not None:
             pending = pending.join(done.select("request_id"), "request_id", "left_anti")
-        pending = pending.persist()
+        pending = materialise(pending, checkpoint)
         n_requests = pending.count()
-        added = requests.retained(added, every)
-        if n_requests:
-            # Also what a job that died after deleting has deleted already: it counts all the same.
-            stored = ratings.read(store, ratings_version).select(columns)
-            before = ratings.read(store, model.ratings_version).select(columns)
-            removed = (
-                requests.covered(stored.unionByName(before), pending, guard=False)
-                .select("user_id", "item_id", "request_id")
-                .distinct()
-                .persist()
+
+    def with_known(rows: DataFrame) -> DataFrame:
+        """Rows of the published ratings with `known`: was the model fitted to it?"""
+        fitted = F.col("ingest_id") <= seen
+        if model.tombstones_version is not None:
+            earlier = tombstones.read(store, model.tombstones_version)
+            rows = requests.with_requests(rows, earlier, guard=True)
+            fitted = fitted & (F.size("request_ids") == 0)
+        return rows.withColumn("known", fitted)
+
+    leaving = None
+    if pending is not None and n_requests:
+        columns = ["user_id", "item_id", "rating", "asked", "known"]
+        found = with_known(_covered(store, pending, model.ratings_version)).select(columns)
+        if ratings_version != model.ratings_version:
+            # Also what a job that died after deleting has left, and what was ingested since.
+            now = _covered(store, pending, ratings_version).withColumn("known", F.lit(False))
+            found = found.unionByName(now.select(columns))
+        found = materialise(found, checkpoint)
+        removed = found.select(
+            "user_id", "item_id", F.explode("asked").alias("request_id")
+        ).distinct()
+        leaving = found.where("known").select("user_id", "item_id", "rating")
+
+    pairs = _changed(leaving, -1) if leaving is not None else None
+    if ratings_version != model.ratings_version:
+        added = ratings.since(store, seen, ratings_version)
+        newest = added.agg(F.max("ingest_id")).first()
+        ingest_id = max(seen, newest[0] or 0) if newest is not None else seen
+        if every is not None:
+            added = requests.retained(added, every)
+        if removed is not None:
+            gone = removed.select("user_id", "item_id").distinct()
+            added = added.join(gone, ["user_id", "item_id"], "left_anti")
+        added = materialise(added.select("user_id", "item_id", "rating"), checkpoint)
+        names = added.select("user_id", "item_id")
+        replaced = with_known(ratings.covering(store, names, model.ratings_version))
+        replaced = replaced.where("known").select("user_id", "item_id", "rating")
+        if leaving is not None:
+            replaced = replaced.join(
+                leaving.select("user_id", "item_id"), ["user_id", "item_id"], "left_anti"
             )
-            leaving = (
-                requests.covered(known.select(columns), pending, guard=False)
-                .select("user_id", "item_id", "rating")
-                .distinct()
-            )
-            added = added.join(removed.select("user_id", "item_id"), ["user_id", "item_id"], "anti")
-    leaving = leaving.persist()
-    replaced = (
-        known.join(added.select("user_id", "item_id"), ["user_id", "item_id"], "left_semi")
-        .join(leaving, ["user_id", "item_id"], "left_anti")
-        .select("user_id", "item_id", "rating")
-    )
-    pairs = (
-        leaving.unionByName(replaced)
-        .withColumn("change", F.lit(-1))
-        .unionByName(added.select("user_id", "item_id", "rating").withColumn("change", F.lit(1)))
-        .withColumnRenamed("rating", "value")
-        .persist()
-    )
+        news = _changed(replaced, -1).unionByName(_changed(added, 1))
+        pairs = materialise(news if pairs is None else pairs.unionByName(news), checkpoint)
+    if pairs is None:
+        nothing = ratings.read(store, ratings_version).limit(0)
+        pairs = _changed(nothing.select("user_id", "item_id", "rating"), 1)
     counts = {row["change"]: row["count"] for row in pairs.groupBy("change").count().collect()}
+    n_removed = leaving.count() if leaving is not None else 0
     return Changes(
         pending,
         removed,
         pairs,
         n_requests,
-        leaving.count(),
+        n_removed,
         counts.get(1, 0),
         ratings_version,
-        newest,
+        ingest_id,
         tombstones_version,
     )
+
+
+def _covered(store: Store, pending: DataFrame, version: int) -> DataFrame:
+    """The ratings of a version that requests cover, with `asked`: the requests."""
+    of_users = pending.where("scope != 'item'").select("user_id")
+    rows = ratings.covering(store, of_users, version)
+    if pending.where("scope = 'item'").limit(1).count():
+        of_items = pending.where("scope = 'item'").select("item_id")
+        rows = rows.unionByName(ratings.covering(store, of_items, version)).distinct()
+    marked = requests.with_requests(rows, pending, guard=False)
+    return marked.where(F.size("request_ids") > 0).withColumnRenamed("request_ids", "asked")
+
+
+def _changed(rows: DataFrame, change: int) -> DataFrame:
+    return rows.withColumnRenamed("rating", "value").withColumn("change", F.lit(change))
 
 
 def run_night(
@@ -165,8 +203,8 @@ def run_night(
     """
     started = time.perf_counter()
     model = models.published(store)
-    changes = collect_changes(store, model)
-    idle = not changes.n_requests and (kind == "unlearn" or not changes.pairs.limit(1).count())
+    changes = collect_changes(store, model, settings.execution.checkpoint)
+    idle = not changes.n_requests and (kind == "unlearn" or not changes.n_added)
     if idle:
         return {"model_version": model.model_version, "requests": 0, "ratings_removed": 0}
     progress(
@@ -222,41 +260,20 @@ class Night:
         self.layouts = {side: dict(model.settings["layouts"][side]) for side in SIDES}
         self.version = publishing.next_version(model)
         published = dict(zip(SIDES, models.read_factors(store, model), strict=True))
-        self.rows: dict[str, DataFrame] = {}
-        self.gone: dict[str, DataFrame] = {}
-        self.touched: dict[str, DataFrame] = {}
+        together = publishing.together(
+            {side: partial(self._rows_tonight, side, published[side]) for side in SIDES}
+        )
+        self.rows = {side: rows.where("n_ratings > 0") for side, rows in together.items()}
+        self.touched = {side: rows.where("delta IS NOT NULL") for side, rows in together.items()}
         gram_changes: dict[str, Any] = dict.fromkeys(SIDES)
         grams: dict[str, NDArray[np.float64]] = {}
-        for side in SIDES:
-            column = f"{side}_id"
-            deltas = (
-                changes.pairs.groupBy(F.col(column).alias("id"))
-                .agg(F.sum("change").alias("delta"))
-                .persist()
-            )
-            base = published[side].withColumn("is_new", F.lit(False))
-            fresh = self._new_rows(side, published[side], deltas)
-            rows = (
-                base.unionByName(fresh)
-                .join(F.broadcast(deltas), "id", "left")
-                .withColumn("n_ratings", (F.col("n_ratings") + F.coalesce("delta", F.lit(0))))
-                .withColumn("n_ratings", F.col("n_ratings").cast("int"))
-                .persist()
-            )
-            self.touched[side] = rows.where(F.col("delta").isNotNull())
-            self.gone[side] = self.touched[side].where("n_ratings <= 0")
-            self.rows[side] = rows.where("n_ratings > 0")
-            last = rows.agg(F.max("slot")).first()
-            assert last is not None
-            self.layouts[side]["n_slots"] = max(
-                self.layouts[side]["n_slots"], int(last[0] or 0) + 1
-            )
-            if self.als.implicit_prefs:
-                came = self.rows[side].where("is_new")
-                left = self.gone[side].where("NOT is_new")
+        if self.als.implicit_prefs:
+            for side, rows in together.items():
+                came = rows.where("is_new AND n_ratings > 0")
+                left = rows.where("NOT is_new AND n_ratings <= 0")
                 gram_changes[side] = gram_of(came, self.als.rank) - gram_of(left, self.als.rank)
-                grams[side] = gram_of(published[side], self.als.rank)
-        self.tonight = self._slotted().persist()
+                grams[side] = gram_of(rows.where("NOT is_new"), self.als.rank)
+        self.tonight = self._kept(self._slotted())
         changed = [
             self.tonight.select(
                 F.lit(side).alias("side"),
@@ -273,9 +290,16 @@ class Night:
         ]
         self.new_changes = changed[0].unionByName(changed[1])
         stored = store.read(factors.RATING_CHANGES, model.rating_changes_version)
-        totals = [rows.agg(F.sum("n_ratings"), F.count(F.lit(1))).first() for rows in self._sides()]
-        self.n_ratings = int(totals[0][0] or 0) if totals[0] else 0
-        n_rows = sum(int(total[1]) for total in totals if total)
+        sizes = aggregates_of(
+            self.rows,
+            F.coalesce(F.sum("n_ratings"), F.lit(0)),
+            F.count(F.lit(1)),
+            F.coalesce(F.max("slot"), F.lit(0)),
+        )
+        self.n_ratings = sizes["user"][0]
+        self.n_rows = sum(sizes[side][1] for side in SIDES)
+        for side in SIDES:
+            self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][2] + 1)
         self.frontier = Frontier(
             solver=solver_of(self.als),
             factors={side: self.rows[side].select("slot", "factors") for side in SIDES},
@@ -285,7 +309,7 @@ class Night:
             settings=settings.unlearn,
             execution=settings.execution,
             parallelism=session_parallelism(store.spark),
-            work=Work(self.als.rank, self.n_ratings, n_rows),
+            work=Work(self.als.rank, self.n_ratings, self.n_rows),
             progress=progress,
             grams=grams,
         )
@@ -294,8 +318,22 @@ class Night:
         self.encoded: Encoded | None = None
         self.progress = progress
 
-    def _sides(self) -> list[DataFrame]:
-        return [self.rows[side] for side in SIDES]
+    def _kept(self, frame: DataFrame) -> DataFrame:
+        return materialise(frame, self.settings.execution.checkpoint)
+
+    def _rows_tonight(self, side: str, published: DataFrame) -> DataFrame:
+        """The published rows and the new ones, with `delta`: by how many ratings each changes."""
+        deltas = self.changes.pairs.groupBy(F.col(f"{side}_id").alias("id")).agg(
+            F.sum("change").alias("delta")
+        )
+        rows = published.withColumn("is_new", F.lit(False))
+        if self.changes.n_added:
+            rows = rows.unionByName(self._new_rows(side, published, deltas))
+        rows = rows.join(F.broadcast(deltas), "id", "left").withColumn(
+            "n_ratings", (F.col("n_ratings") + F.coalesce("delta", F.lit(0))).cast("int")
+        )
+        # A checkpoint, not a cache: the loop's plans would contain all of this every round.
+        return self._kept(rows)
 
     def _new_rows(self, side: str, published: DataFrame, deltas: DataFrame) -> DataFrame:
         """Rows for ids that the model does not know, placed after the others of their block."""
@@ -379,21 +417,21 @@ class Night:
                 "these requests remove every rating of the model, which leaves nothing to publish; "
                 "ingest other ratings first"
             )
+        # The loop mostly waits, and a job that dies after this finds the same work again.
+        self.deletion = ThreadPoolExecutor(1).submit(self._delete_ratings)
         frontier.push_changes(self.tonight, self.gram_changes)
         sweeps = 0
         if not frontier.run():
             sweeps = self._sweep()
-        tau = self.settings.unlearn.tau
         if self.swept is None:
-            state = frontier.summary(tau)
-            worst = max(state[side]["worst"] or 0.0 for side in SIDES)
-            solved = {side: self._solved_slots(side).distinct().count() for side in SIDES}
-            blocks = {side: self._changed_blocks(side) for side in SIDES}
+            state = frontier.summary()
+            worst = max(state[side].worst for side in SIDES)
+            solved, blocks = self._outcome()
         else:
             worst = max(largest_residual(rows) for rows in self.swept.values())
             solved = {side: self.swept[side].count() for side in SIDES}
             blocks = {side: list(range(self.layouts[side]["n_blocks"])) for side in SIDES}
-        self.blocks, self.worst = blocks, worst
+        self.blocks, self.worst, self.n_solved = blocks, worst, sum(solved.values())
         return {
             "requests": self.changes.n_requests,
             "ratings_removed": self.changes.n_removed,
@@ -408,16 +446,24 @@ class Night:
         }
 
     def _solved_slots(self, side: str) -> DataFrame:
-        moved = self.frontier.solved[side]
+        moved = self.frontier.solved(side)
         return self.rows[side].limit(0).select("slot") if moved is None else moved.select("slot")
 
-    def _changed_blocks(self, side: str) -> list[int]:
-        """Blocks with a row that was re-solved, came, left, or has another number of ratings."""
-        slots = self._solved_slots(side).unionByName(self.touched[side].select("slot"))
-        blocks = slots.select(
-            F.pmod("slot", F.lit(self.layouts[side]["n_blocks"])).cast("int").alias("block")
+    def _outcome(self) -> tuple[dict[str, int], dict[str, list[int]]]:
+        """By side: how many rows were re-solved, and the blocks with a row that was re-solved,
+        came, left, or has another number of ratings."""
+        frames = []
+        for side in SIDES:
+            block = F.pmod("slot", F.lit(self.layouts[side]["n_blocks"])).cast("int")
+            solved = self._solved_slots(side).withColumn("solved", F.lit(1))
+            touched = self.touched[side].select("slot").withColumn("solved", F.lit(0))
+            rows = solved.unionByName(touched).groupBy(block.alias("block")).agg(F.sum("solved"))
+            frames.append(rows.withColumn("side", F.lit(side)))
+        found = frames[0].unionByName(frames[1]).collect()
+        return (
+            {side: sum(row[1] for row in found if row["side"] == side) for side in SIDES},
+            {side: sorted(row["block"] for row in found if row["side"] == side) for side in SIDES},
         )
-        return sorted(row["block"] for row in blocks.distinct().collect())
 
     def _sweep(self) -> int:
         """Whole accelerated sweeps from where the loop stopped, and a scan of every row."""
@@ -472,29 +518,22 @@ class Night:
         store, changes, tau = self.store, self.changes, self.settings.unlearn.tau
         if self.swept is not None and self.encoded is not None:
             written = publishing.write_whole_model(
-                store, self.swept, publishing.chunks_of(self.encoded)
+                store,
+                self.swept,
+                self.n_rows,
+                publishing.chunks_of(self.encoded),
+                self._more_writes(),
             )
         else:
-            written = publishing.write_together(self._partial_writes())
+            written = publishing.together({**self._partial_writes(), **self._more_writes()})
         for name, version in written.items():
-            if version != bases[name] + 1:
+            # Writing nothing over nothing makes no commit.
+            if name in bases and version not in (bases[name], bases[name] + 1):
                 raise ConflictError(
                     f"table {name.removesuffix('_version')}: another job wrote to it meanwhile; "
                     "run this job again"
                 )
-        if changes.n_requests:
-            written["receipts_version"] = self._write_receipts()
-        ratings_version = changes.ratings_version
-        if changes.removed is not None and changes.removed.limit(1).count():
-            if store.version(ratings.TABLE) == ratings_version:
-                pairs = changes.removed.select("user_id", "item_id")
-                ratings_version = ratings.delete(store, pairs)
-            if ratings_version > changes.ratings_version + 1 or (
-                store.version(ratings.TABLE) != ratings_version
-            ):
-                raise ConflictError(
-                    "table ratings: ratings were ingested meanwhile; run this job again"
-                )
+        ratings_version = self.deletion.result()
         return models.publish(
             store,
             models.ModelVersion(
@@ -529,6 +568,24 @@ class Night:
             ),
         )
 
+    def _delete_ratings(self) -> int:
+        """Delete what the requests cover; returns the version of the ratings without it."""
+        store, changes = self.store, self.changes
+        version = changes.ratings_version
+        if changes.removed is None or not changes.removed.limit(1).count():
+            return version
+        unchanged = store.version(ratings.TABLE) == version
+        if unchanged:
+            version = ratings.delete(store, changes.removed.select("user_id", "item_id"))
+        if not unchanged or version > changes.ratings_version + 1:
+            raise ConflictError(
+                "table ratings: ratings were ingested meanwhile; run this job again"
+            )
+        return version
+
+    def _more_writes(self) -> dict[str, Callable[[], int]]:
+        return {"receipts_version": self._write_receipts} if self.changes.n_requests else {}
+
     def _partial_writes(self) -> dict[str, Callable[[], int]]:
         store = self.store
         writes: dict[str, Callable[[], int]] = {}
@@ -548,7 +605,7 @@ class Night:
         ledger = self.frontier.ledger.join(
             identities[0].unionByName(identities[1]), ["side", "slot"]
         ).withColumns({"bound": bound(), "drift_mark": F.lit(0.0)})
-        writes["ledger_version"] = lambda: factors.write_ledger(store, ledger, whole=True)
+        writes["ledger_version"] = lambda: factors.write_ledger(store, ledger, self.n_rows)
         writes["rating_changes_version"] = lambda: store.append(
             factors.RATING_CHANGES, self.new_changes
         )
@@ -561,12 +618,11 @@ class Night:
         counted = changes.removed.groupBy("request_id").agg(
             F.count(F.lit(1)).alias("ratings_removed")
         )
-        resolved = sum(self._solved_slots(side).distinct().count() for side in SIDES)
         rows = changes.pending.join(counted, "request_id", "left").select(
             "request_id",
             F.lit(self.version).cast("long").alias("model_version"),
             F.coalesce("ratings_removed", F.lit(0)).cast("long").alias("ratings_removed"),
-            F.lit(resolved).cast("long").alias("rows_resolved"),
+            F.lit(self.n_solved).cast("long").alias("rows_resolved"),
             F.lit(float(self.worst)).alias("max_residual"),
             F.current_timestamp().alias("honoured_at"),
             F.lit(None).cast("timestamp").alias("purged_at"),
@@ -576,18 +632,3 @@ class Night:
 
 def _writer(store: Store, side: str, rows: DataFrame, blocks: list[int]) -> Callable[[], int]:
     return lambda: factors.replace_factor_blocks(store, side, rows, blocks)
-
-
-def gram_of(rows: DataFrame, rank: int) -> NDArray[np.float64]:
-    """X'X of factor rows, float64 (rank, rank); only partial sums reach the driver."""
-
-    def add_up(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
-        total = np.zeros((rank, rank))
-        for batch in batches:
-            total += gram(matrix_of(batch.column("factors"), rank))
-        yield pa.RecordBatch.from_arrays([pa.array([total.tobytes()], pa.binary())], ["gram"])
-
-    parts = rows.select("factors").mapInArrow(add_up, "gram binary").collect()
-    return sum(
-        (np.frombuffer(row["gram"]).reshape(rank, rank) for row in parts), np.zeros((rank, rank))
-    )

@@ -1,0 +1,122 @@
+"""What the benchmarks share: the machine, raw figures on disk, tables, and peak memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from unlearn_spark.config import Settings, SparkSettings
+from unlearn_spark.evaluation import synthetic
+from unlearn_spark.session import get_spark
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DRIVER_MEMORY = "8g"
+
+
+def session(**conf: Any) -> SparkSession:
+    """The session of all contestants: the product's own defaults, with 8 GB for the driver."""
+    return get_spark(Settings(spark=SparkSettings(driver_memory=DRIVER_MEMORY, conf=conf)))
+
+
+def generated(spark: SparkSession, users: int, items: int, ratings: int) -> DataFrame:
+    """Generated ratings in a Delta table of their own; integer ids, as MLlib needs them."""
+    folder = Path(tempfile.mkdtemp(prefix="unlearn-bench-"))
+    path, table = str(folder / "ratings.parquet"), str(folder / "delta")
+    synthetic.write(users, items, ratings, 1, path)
+    columns = ("cast(user_id AS int) user_id", "cast(item_id AS int) item_id", "rating")
+    spark.read.parquet(path).selectExpr(*columns).write.format("delta").save(table)
+    return spark.read.format("delta").load(table)
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Wall-clock seconds."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Add when, where and with what, and write it under benchmarks/results/."""
+    import pyspark
+
+    result = {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 1),
+        },
+        "versions": {"python": platform.python_version(), "spark": pyspark.__version__},
+        **result,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    machine, versions = result["machine"], result["versions"]
+    print(
+        f"\n{result['when']}  {machine['processor']}, {machine['cores']} cores, load "
+        f"{machine['load']}; Python {versions['python']}, Spark {versions['spark']}\nraw: {path}"
+    )
+    return path
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print aligned columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(*head)
+    for row in rows:
+        drawn.add_row(*[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row])
+    Console(width=120).print(drawn)
+
+
+def peak_memory(command: Sequence[str]) -> float:
+    """GiB at the highest moment of a process and all its descendants (proportional set size).
+
+    Shared pages are counted once, so forked workers are not charged for what they share.
+    """
+    import psutil
+
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    highest = 0
+    while running.poll() is None:
+        total = 0
+        try:
+            root = psutil.Process(running.pid)
+            for process in [root, *root.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue
+        except psutil.NoSuchProcess:
+            break
+        highest = max(highest, total)
+        time.sleep(0.3)
+    if running.wait() != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {running.returncode}")
+    return highest / 2**30

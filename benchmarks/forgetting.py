@@ -1,0 +1,158 @@
+"""What a night of deletions costs: arithmetic, wall-clock against retraining, and bytes read.
+
+    python benchmarks/forgetting.py --ratings 1000000 --ratings 10000000 --forget 1 --forget 70
+
+Every night starts from the same trained model (a copy of its tables), in one warm session; training
+and nights are the product's own jobs, publishing included.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+from unlearn_spark.evaluation import synthetic
+
+JOBS = Path(__file__).resolve().parent.parent / "jobs"
+
+
+def job(name: str, root: Path, *arguments: str, sets: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Run a job in this process; its figures."""
+    spec = importlib.util.spec_from_file_location(name, JOBS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    words = ["--root", str(root), *[word for value in sets for word in ("--set", value)]]
+    figures: dict[str, Any] = module.main.main(args=[*words, *arguments], standalone_mode=False)
+    return figures
+
+
+class BytesRead:
+    """Bytes that Spark's tasks read from files, from the status store of a classic session."""
+
+    def __init__(self, spark: Any) -> None:
+        self.jvm = spark.sparkContext._jvm
+        self.store = spark.sparkContext._jsc.sc().statusStore()
+        self.gateway = spark.sparkContext._gateway
+
+    def total(self) -> dict[int, int]:
+        nothing = self.jvm.java.util.ArrayList()
+        quantiles = self.gateway.new_array(self.jvm.double, 0)
+        stages = self.store.stageList(nothing, False, False, quantiles, nothing)
+        return {
+            stages.apply(n).stageId(): stages.apply(n).inputBytes() for n in range(stages.size())
+        }
+
+
+def requests(path: Path, users: list[int]) -> Path:
+    """A file that asks for these users to be forgotten."""
+    lines = ["request_id,scope,user_id,item_id,from_ts,to_ts,requested_at"]
+    lines += [f"forget-{user},user,{user},,,,1900000000" for user in users]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@click.command()
+@click.option("--users", default=70_000)
+@click.option("--items", default=10_700)
+@click.option("--ratings", "sizes", multiple=True, type=int, default=(1_000_000, 10_000_000))
+@click.option("--rank", default=64)
+@click.option("--forget", "amounts", multiple=True, type=int, default=(1, 70, 7000))
+@click.option("--implicit/--explicit", default=False)
+@click.option("--input", "path", type=click.Path(exists=True), help="MovieLens csv instead.")
+@click.option("--repeat", default=1, help="Nights of each kind; medians are shown.")
+def main(
+    users: int,
+    items: int,
+    sizes: tuple[int, ...],
+    rank: int,
+    amounts: tuple[int, ...],
+    implicit: bool,
+    path: str | None,
+    repeat: int,
+) -> None:
+    """Print the table and save the raw figures."""
+    spark = common.session(**{"spark.ui.retainedStages": 20000})
+    reading = BytesRead(spark)
+    folder = Path(tempfile.mkdtemp(prefix="unlearn-bench-"))
+    sets = (f"als.rank={rank}", f"als.implicit_prefs={str(implicit).lower()}", "als.alpha=10")
+    raw: list[dict[str, Any]] = []
+    for size in sizes if path is None else (0,):
+        root = folder / f"root-{size}"
+        if path is None:
+            source = str(folder / f"ratings-{size}.parquet")
+            synthetic.write(users, items, size, 1, source)
+            job("ingest_ratings", root, "--input", source, "--format", "parquet")
+        else:
+            job("ingest_ratings", root, "--input", path, "--format", "movielens")
+        trained = job("train", root, sets=sets)
+        everybody = [
+            row[0]
+            for row in spark.read.format("delta")
+            .load(str(root / "user_factors"))
+            .select("id")
+            .toLocalIterator()
+        ]
+        for turn in range(repeat):
+            for amount in amounts:
+                for direct in ("threshold", "resolve"):
+                    copy = folder / "night"
+                    shutil.rmtree(copy, ignore_errors=True)
+                    shutil.copytree(root, copy)
+                    some = random.Random(turn).sample(sorted(everybody), amount)
+                    asked = requests(folder / "requests.csv", some)
+                    job("ingest_tombstones", copy, "--input", str(asked))
+                    before = reading.total()
+                    night = job("unlearn", copy, sets=(f"unlearn.direct_rows={direct}",))
+                    after = reading.total()
+                    raw.append(
+                        {
+                            "ratings": trained["ratings"],
+                            "forget": amount,
+                            "direct_rows": direct,
+                            "night": night,
+                            "bytes_read": sum(after[s] for s in after.keys() - before.keys()),
+                            "training_seconds": trained["seconds"],
+                            "training_sweeps": trained["sweeps"],
+                        }
+                    )
+        again = job("train", root, sets=sets)  # as warm as the nights were
+        for row in raw:
+            if row["ratings"] == trained["ratings"]:
+                row["training_seconds"] = again["seconds"]
+    spark.stop()
+    rows = [
+        [
+            run["ratings"],
+            run["forget"],
+            run["direct_rows"],
+            run["night"]["work_sweeps"],
+            run["night"]["rounds"],
+            run["night"]["sweeps"],
+            run["night"]["seconds"],
+            run["night"]["seconds"] / run["training_seconds"],
+            run["bytes_read"] / 2**20,
+            run["night"]["max_residual"],
+        ]
+        for run in raw
+    ]
+    head = "ratings|users|direct rows|work, sweeps|rounds|swept|s|of retraining|MB read|residual"
+    common.table(head.split("|"), rows)
+    name = f"forgetting-{'implicit' if implicit else 'explicit'}"
+    name += f"-{'real' if path else max(sizes)}-{rank}"
+    common.save(name, {"raw": raw})
+
+
+if __name__ == "__main__":
+    main()

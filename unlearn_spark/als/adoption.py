@@ -1,0 +1,252 @@
+"""Adopting factors that were trained elsewhere: judge them by the retained ratings, as our own.
+
+Whoever trained them, rows are good as far as they solve their normal equations. So every row's
+residual is scanned, and if that is not enough the model is swept to tolerance from where it stands.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from pyspark.sql import functions as F
+
+from unlearn_spark.als.blocks import RatingBlock
+from unlearn_spark.als.initial import initial_factors
+from unlearn_spark.als.spark import (
+    FACTOR_SCHEMA,
+    SIDES,
+    arrays_of,
+    binary_table,
+    matrix_of,
+    other_side,
+    part_key,
+)
+from unlearn_spark.als.sweep import FACTOR_KINDS, sweep_anchor
+from unlearn_spark.als.training import (
+    Encoded,
+    FitResult,
+    Sweeper,
+    SweepReport,
+    TrainingSummary,
+    aggregates_of,
+    encode_ratings,
+    finish_rows,
+    largest_residual,
+    solver_of,
+)
+from unlearn_spark.errors import InputError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from unlearn_spark.config import AlsSettings, ExecutionSettings
+
+
+@dataclass(frozen=True)
+class AdoptedFit(FitResult):
+    """A `FitResult` of factors that came from elsewhere.
+
+    Attributes
+    ----------
+    residual_before
+        Largest relative residual as the factors came, over all rows of both sides; those that
+        came without factors count with the ones they start from. Infinite where ratings ask for
+        a zero row (b = 0) and it is not one.
+    without_factors
+        By side: rated ids that came without factors.
+    without_ratings
+        By side: ids that came and have no rating; they are not in the model.
+    """
+
+    residual_before: float
+    without_factors: dict[str, int]
+    without_ratings: dict[str, int]
+
+    def rows_over(self, tolerance: float) -> dict[str, int]:
+        """By side: rows whose relative residual exceeds a tolerance."""
+        over = F.count_if(F.col("gradient_norm") > tolerance * F.col("b_norm"))
+        return {side: counts[0] for side, counts in aggregates_of(self.rows, over).items()}
+
+
+def adopt_factors(
+    ratings: DataFrame,
+    user_factors: DataFrame,
+    item_factors: DataFrame,
+    als: AlsSettings,
+    execution: ExecutionSettings,
+    *,
+    converge: bool = False,
+    on_scan: Callable[[float], None] | None = None,
+    on_sweep: Callable[[SweepReport], None] | None = None,
+) -> AdoptedFit:
+    """Make a fit of foreign factors and the ratings that they are to stand for.
+
+    Parameters
+    ----------
+    ratings
+        user_id, item_id (any types), rating (castable to float): those that are retained.
+    user_factors, item_factors
+        id (unique, of the ratings' types), factors array<float> of `als.rank` finite elements.
+    als
+        The objective that the factors were trained for. `warm_start` is not looked at.
+    converge
+        Sweep to `als.tol`, or `als.max_sweeps` times, starting at the given rows of the side with
+        fewer rows (the other side is solved from them). Otherwise the factors stay as they are.
+    on_scan
+        Called with `residual_before` as soon as it is known.
+    on_sweep
+        Called after every sweep.
+
+    Raises
+    ------
+    InputError
+        There are no ratings; a rated id has no factors and `converge` is not set; no id of a side
+        occurs in the ratings; factors are negative although `als.nonnegative` is set; or, without
+        `converge`, a row is not zero although its ratings ask for zero.
+    """
+    started = time.perf_counter()
+    encoded = encode_ratings(ratings, als, execution)
+    encode_seconds = time.perf_counter() - started
+    given = {"user": user_factors, "item": item_factors}
+    without_factors, without_ratings = _compare(encoded, given, als, converge)
+
+    parts = {side: _starting_parts(encoded, als, side, given[side]).persist() for side in SIDES}
+    rows = finish_rows(encoded, als, parts)
+    before = max(largest_residual(frame) for frame in rows.values())
+    if on_scan is not None:
+        on_scan(before)
+    reports: list[SweepReport] = []
+    if converge:
+        for frame in rows.values():
+            frame.unpersist()
+        sweeper = Sweeper(encoded, als, execution, on_sweep, reports)
+        # The factors alone: an iterate without history.
+        iterate = parts[encoded.anchor].select("part", "slots", F.col("factors").alias("history"))
+        anchor, other, converged = sweeper.run(iterate)
+        rows = finish_rows(
+            encoded, als, {encoded.anchor: anchor, other_side(encoded.anchor): other}
+        )
+        worst = max(largest_residual(frame) for frame in rows.values())
+        other.unpersist()
+        objective = reports[-1].objective
+    else:
+        if math.isinf(before):
+            raise InputError(
+                "rows whose ratings are all zero (or, with als.implicit_prefs, none positive) "
+                "have factors that are not zero; check als.implicit_prefs, or run with --converge"
+            )
+        worst, converged = before, before <= als.tol
+        objective = _objective(encoded, als, parts)
+    for frame in parts.values():
+        frame.unpersist()
+    summary = TrainingSummary(
+        users=encoded.layouts["user"].n_rows,
+        items=encoded.layouts["item"].n_rows,
+        ratings=encoded.n_ratings,
+        sweeps=len(reports),
+        converged=converged,
+        objective=objective,
+        max_residual=worst,
+        seconds=time.perf_counter() - started,
+        sweep_seconds=sum(report.seconds for report in reports) / max(1, len(reports)),
+        encode_seconds=encode_seconds,
+        history=[asdict(report) for report in reports],
+    )
+    return AdoptedFit(rows, encoded, summary, before, without_factors, without_ratings)
+
+
+def _compare(
+    encoded: Encoded, given: dict[str, DataFrame], als: AlsSettings, converge: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """By side: rated ids without factors, and ids with factors but without ratings."""
+    joined = {
+        side: encoded.dictionaries[side]
+        .select("id", "slot")
+        .join(given[side].select("id", "factors"), "id", "full")
+        for side in SIDES
+    }
+    rated, known = F.col("slot").isNotNull(), F.col("factors").isNotNull()
+    counts = aggregates_of(
+        joined,
+        F.count_if(rated & ~known),
+        F.count_if(known & ~rated),
+        F.count_if(rated & (F.array_min("factors") < 0)),
+    )
+    missing = {side: counts[side][0] for side in SIDES}
+    for side in SIDES:
+        n_rows = encoded.layouts[side].n_rows
+        if missing[side] == n_rows:
+            raise InputError(
+                f"none of the {n_rows} rated {side}s has factors; "
+                f"check that the input's {side} ids are those of the ratings table"
+            )
+    if any(missing.values()) and not converge:
+        raise InputError(
+            f"{missing['user']} of {encoded.layouts['user'].n_rows} rated users and "
+            f"{missing['item']} of {encoded.layouts['item'].n_rows} rated items have no factors; "
+            "run with --converge, which starts them as a fresh training would"
+        )
+    negative = {side: counts[side][2] for side in SIDES}
+    if als.nonnegative and any(negative.values()):
+        raise InputError(
+            f"als.nonnegative is set, but {negative['user']} users and {negative['item']} items "
+            "have negative factors; set it to what the model was trained with"
+        )
+    return missing, {side: counts[side][1] for side in SIDES}
+
+
+def _starting_parts(encoded: Encoded, als: AlsSettings, side: str, given: DataFrame) -> DataFrame:
+    """Factor parts (`FACTOR_SCHEMA`) of one side with its share of the penalty: the given rows,
+    and where there is none the row that a fresh training starts from."""
+    layout, solver = encoded.layouts[side], solver_of(als)
+    rank, seed, nonnegative = als.rank, als.seed, als.nonnegative
+    rows = (
+        encoded.dictionaries[side]
+        .join(given.select("id", "factors"), "id", "left")
+        .select(
+            part_key("slot", layout.keys).alias("key"),
+            "slot",
+            F.xxhash64("id").alias("hash"),
+            "factors",
+        )
+    )
+
+    def start(left: pa.Table, right: pa.Table) -> pa.Table:
+        if not left.num_rows:
+            return pa.table({name: pa.array([], kind) for name, kind in FACTOR_KINDS.items()})
+        row = arrays_of(left)[0]
+        ratings = RatingBlock.from_binary(row)
+        table = right.sort_by("slot")  # the order of the ratings' rows
+        x = initial_factors(table["hash"].to_numpy(), rank, seed, side, nonnegative)
+        known = table["factors"].is_valid().to_numpy()
+        if known.any():
+            x[known] = matrix_of(table["factors"].drop_null(), rank)
+        penalty = solver.penalty(ratings, x)
+        return binary_table([solver.factor_row(row["part"], ratings.slots, x, penalty)])
+
+    return (
+        encoded.parts[side]
+        .groupBy("key")
+        .cogroup(rows.groupBy("key"))
+        .applyInArrow(start, FACTOR_SCHEMA)
+    )
+
+
+def _objective(encoded: Encoded, als: AlsSettings, parts: dict[str, DataFrame]) -> float:
+    """The objective of both sides' factors as they are: what a sweep finds about its start."""
+    side, other = encoded.anchor, other_side(encoded.anchor)
+    state = sweep_anchor(
+        solver_of(als),
+        encoded.parts[side],
+        encoded.layouts[side],
+        parts[other],
+        encoded.layouts[other].n_slots,
+        parts[side].select("part", "slots", F.col("factors").alias("history")),
+    )
+    shares = state.select("quadratic", "penalty").collect()
+    return math.fsum(share["quadratic"] for share in shares) + shares[0]["penalty"]

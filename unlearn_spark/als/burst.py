@@ -1,0 +1,203 @@
+"""Many sweeps in one task, where all ratings fit one part.
+
+A sweep of a million ratings takes a fraction of a second, and handing it to Spark takes longer. So
+small data sets are swept in bursts: one task takes both sides' ratings and sweeps for some seconds,
+then reports. The arithmetic is that of `sweep`, and so are the results.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark.sql import functions as F
+
+from unlearn_spark.als.acceleration import Accelerator
+from unlearn_spark.als.blocks import RatingBlock, raw, scatter
+from unlearn_spark.als.spark import arrays_of, binary_table
+from unlearn_spark.als.sweep import FACTOR_SCHEMA, OtherSide, Solver, map_rows, mixed, solve_anchor
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from unlearn_spark.als.encoding import SideLayout
+
+BURST_SECONDS = 2.0
+"""Between two reports of progress."""
+
+BURST_SCHEMA = (
+    "part int, slots binary, history binary, other_slots binary, others binary, "
+    "accelerator binary, reports binary, state int"
+)
+"""`history` is the next stack of the anchor, `others` the other side's rows that were solved for
+the last y, `reports` float64 (n, 3): objective, largest residual and seconds of each sweep."""
+
+GOING_ON, CONVERGED, CAPPED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop: sweeps left, residual, and seconds of a burst."""
+
+    sweeps: int
+    tol: float
+    seconds: float = BURST_SECONDS
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Result of `sweep_in_memory`.
+
+    Attributes
+    ----------
+    stack : float32 (1 + 2h, n, rank)
+        The anchor's y and its history; when the state is not `GOING_ON`, y is the answer.
+    others : float32 (m, rank)
+        The other side, solved for the y before.
+    reports : list of (objective, largest residual, seconds)
+    state
+        `GOING_ON`, `CONVERGED` or `CAPPED`.
+    """
+
+    stack: NDArray[np.float32]
+    others: NDArray[np.float32]
+    reports: list[tuple[float, float, float]]
+    state: int
+
+
+def sweep_in_memory(
+    solver: Solver,
+    anchor: RatingBlock,
+    other: RatingBlock,
+    n_slots: tuple[int, int],
+    stack: NDArray[np.float32],
+    accelerator: Accelerator,
+    limits: Limits,
+) -> Burst:
+    """Sweep until a limit; NumPy alone.
+
+    Parameters
+    ----------
+    anchor, other
+        All ratings, by the rows of either side.
+    n_slots
+        Of the anchor and of the other side.
+    stack
+        As in the result.
+    """
+    reports: list[tuple[float, float, float]] = []
+    begun = time.perf_counter()
+    while True:
+        started = time.perf_counter()
+        y = stack[0]
+        fixed = _seen(solver, anchor.slots, y, n_slots[0], 0.0)
+        x = solver.solve(other, fixed, None).factors
+        found = solve_anchor(
+            solver,
+            anchor,
+            _seen(solver, other.slots, x, n_slots[1], solver.penalty(other, x)),
+            stack,
+        )
+        objective = found.quadratic + found.penalty
+        reports.append((objective, found.worst, time.perf_counter() - started))
+        if found.worst <= limits.tol:
+            return Burst(stack[:1], x, reports, CONVERGED)
+        step = accelerator.step(objective, found.worst, found.products)
+        if len(reports) >= limits.sweeps:
+            return Burst(found.history[:1], x, reports, CAPPED)
+        stack = mixed(
+            found.history,
+            step.weights,
+            step.keep,
+            step.drop_newest,
+            solver.objective.nonnegative,
+        )
+        if time.perf_counter() - begun >= limits.seconds:
+            return Burst(stack, x, reports, GOING_ON)
+
+
+def _seen(
+    solver: Solver,
+    slots: NDArray[np.int32],
+    rows: NDArray[np.float32],
+    n_slots: int,
+    penalty: float,
+) -> OtherSide:
+    gram = solver.gram(rows)
+    return OtherSide(
+        scatter(slots, rows, n_slots),
+        None if gram is None else np.frombuffer(gram).reshape(solver.rank, solver.rank),
+        penalty,
+    )
+
+
+def burst(
+    solver: Solver,
+    parts: tuple[DataFrame, DataFrame],
+    layouts: tuple[SideLayout, SideLayout],
+    state: DataFrame,
+    accelerator: Accelerator,
+    limits: Limits,
+) -> DataFrame:
+    """One burst on Spark (`BURST_SCHEMA`, one row).
+
+    Parameters
+    ----------
+    parts, layouts
+        Of the anchor and of the other side; one part each.
+    state
+        The first iterate (part, slots, history), or the burst before.
+    accelerator
+        As it is at the start of a training; later bursts carry their own.
+    """
+    key = layouts[0].keys[0]
+    n_slots = (layouts[0].n_slots, layouts[1].n_slots)
+    tagged = [frame.withColumn("anchor", F.lit(index == 0)) for index, frame in enumerate(parts)]
+    if "accelerator" not in state.columns:
+        state = state.withColumn("accelerator", F.lit(bytearray(pickle.dumps(accelerator))))
+    state = state.select(F.lit(key).alias("key"), "part", "slots", "history", "accelerator")
+
+    def sweep(left: pa.Table, right: pa.Table) -> pa.Table:
+        blocks = {row["anchor"]: RatingBlock.from_binary(row) for row in arrays_of(left)}
+        row = arrays_of(right)[0]
+        anchor, other = blocks[True], blocks[False]
+        stack = np.frombuffer(row["history"], np.float32).reshape(-1, anchor.n_rows, solver.rank)
+        carried: Accelerator = pickle.loads(row["accelerator"])
+        done = sweep_in_memory(solver, anchor, other, n_slots, stack, carried, limits)
+        return binary_table(
+            [
+                {
+                    "part": row["part"],
+                    "slots": row["slots"],
+                    "history": raw(done.stack, np.float32),
+                    "other_slots": raw(other.slots, np.int32),
+                    "others": raw(done.others, np.float32),
+                    "accelerator": pickle.dumps(carried),
+                    "reports": raw(np.array(done.reports), np.float64),
+                    "state": done.state,
+                }
+            ],
+            state=pa.int32(),
+        )
+
+    both = tagged[0].unionByName(tagged[1])
+    return both.groupBy("key").cogroup(state.groupBy("key")).applyInArrow(sweep, BURST_SCHEMA)
+
+
+def results_of(solver: Solver, last: DataFrame) -> tuple[DataFrame, DataFrame]:
+    """Factor parts (`FACTOR_SCHEMA`) of the anchor and of the other side after the last burst."""
+
+    def side(slots: str, rows: str) -> DataFrame:
+        def take(row: dict[str, Any]) -> dict[str, Any]:
+            found = np.frombuffer(row[slots], np.int32)
+            factors = np.frombuffer(row[rows], np.float32)[: len(found) * solver.rank]
+            return solver.factor_row(row["part"], found, factors.reshape(-1, solver.rank), 0.0)
+
+        return map_rows(last, take, FACTOR_SCHEMA)
+
+    return side("slots", "history"), side("other_slots", "others")
