@@ -27,8 +27,6 @@ TABLE = "ratings"
 USER_KEYS = 1024
 """Distinct values of `user_key`."""
 ROWS_PER_BLOCK = 1_000_000
-ROWS_PER_FILE = 131_072
-"""Of the first ingest, sorted by `user_key`: what has to be read for the ratings of one user."""
 MAX_USER_BLOCKS = 256
 USER_BLOCKS_PROPERTY = "unlearn.userBlocks"
 
@@ -352,7 +350,7 @@ def _upsert(
     n_blocks = user_blocks(store)
     if version == _EMPTY_VERSION:
         rows = _newest(good, n_blocks).withColumn("ingest_id", F.lit(ingest_id).cast("bigint"))
-        version = store.append(TABLE, rows.select(*_COLUMNS), max_records_per_file=ROWS_PER_FILE)
+        version = store.append(TABLE, rows.select(*_COLUMNS))
         return read(store, version).count(), version
 
     newest = _newest(good, n_blocks)
@@ -448,27 +446,17 @@ def _places(user_id: Column, n_blocks: int) -> list[Column]:
 
 
 def _near(rows: DataFrame, prefix: str = "") -> str | None:
-    """An SQL condition by which files without the users of these rows are skipped.
+    """An SQL condition by which blocks and pages without the users of these rows are skipped.
 
     None where they are so many that it would skip little.
     """
-    columns = ("user_block", "user_key")
-    found = rows.select(*columns).distinct().limit(_PRUNING_LIMIT + 1).collect()
-    if len(found) > _PRUNING_LIMIT:
-        blocks = _few(rows, "user_block")
-        return None if blocks is None else f"{prefix}user_block IN ({_listed(blocks)})"
-    keys: dict[int, list[int]] = {}
-    for row in found:
-        keys.setdefault(row["user_block"], []).append(row["user_key"])
-    alternatives = [
-        f"({prefix}user_block = {block} AND {prefix}user_key IN ({_listed(here)}))"
-        for block, here in sorted(keys.items())
-    ]
-    return " OR ".join(alternatives) or "false"
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, sorted(numbers)))
+    terms = []
+    for column in ("user_block", "user_key"):
+        found = _few(rows, column)
+        if found is not None:
+            listed = ", ".join(map(str, found))
+            terms.append(f"{prefix}{column} IN ({listed})" if listed else "false")
+    return " AND ".join(terms) or None
 
 
 def _few(rows: DataFrame, column: str) -> list[int] | None:

@@ -82,10 +82,6 @@ class TableSpec:
     deletion_vectors: bool = False
 
 
-def _file_size(max_records: int | None) -> dict[str, str]:
-    return {} if max_records is None else {"maxRecordsPerFile": str(max_records)}
-
-
 def check_root(settings: Settings) -> None:
     """Fail early, in one line, where tables cannot be kept.
 
@@ -206,15 +202,17 @@ class Store:
                 f"{partition} TBLPROPERTIES ({listed})"
             )
 
-    def append(self, table: str, rows: DataFrame, max_records_per_file: int | None = None) -> int:
+    def append(self, table: str, rows: DataFrame) -> int:
         """Append rows; returns the Delta version that holds them."""
-        return self._write(table, rows, "append", _file_size(max_records_per_file))
+        return self._write(table, rows, "append", {})
 
     def overwrite(
         self, table: str, rows: DataFrame, max_records_per_file: int | None = None
     ) -> int:
         """Replace all rows; the earlier versions stay readable."""
-        options = {"partitionOverwriteMode": "static", **_file_size(max_records_per_file)}
+        options = {"partitionOverwriteMode": "static"}
+        if max_records_per_file is not None:
+            options["maxRecordsPerFile"] = str(max_records_per_file)
         return self._write(table, rows, "overwrite", options)
 
     def replace_where(self, table: str, rows: DataFrame, predicate: str) -> int:
