@@ -166,8 +166,13 @@ def materialise(frame: DataFrame, how: str) -> DataFrame:
         `execution.checkpoint`: "local" also truncates the plan, so that loops stay fast; "persist"
         is for clusters that may lose executors.
     """
-    if how == "local":
-        return frame.localCheckpoint(eager=True)
     frame = frame.persist()
+    if how == "local":
+        # A checkpoint keeps the estimated size of its plan, and the estimate of a join is a
+        # product: in a loop it would double its digits every round, until planning takes minutes.
+        # That of a cache is what it measured.
+        kept = frame.localCheckpoint(eager=True)
+        frame.unpersist()
+        return kept
     frame.count()
     return frame
