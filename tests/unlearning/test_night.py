@@ -133,7 +133,7 @@ def test_a_first_night_that_sweeps_everything(store, nights, tmp_path):
     asked = [(f"m{n}", "user", f"u{n}", "", "", "") for n in range(5, 25)]
     asked += [("none", "user", "nobody", "", "", "")]
     nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked))
-    night = nights("unlearn", sets=["unlearn.max_rounds=1"])
+    night = nights("unlearn", sets=["unlearn.max_rounds=1", "unlearn.tau=6e-3"])
     assert night["sweeps"] > 0
     assert nights("audit")["holds"]
     # A request that removes nothing still gets its answer, and nothing else changes.
