@@ -83,7 +83,13 @@ def main(context: JobContext, source: str | None, kind: str) -> dict[str, Any]:
     forgot = step("Forget, and mend what that disturbed", "unlearn", common)
     audited = step("Check every row from the ratings that remain", "audit", common)
     retrained = step("For comparison, train anew without them", "train", common)
-    scores = draw_scores(context, before.model_version, retrained["model_version"], root)
+    scores = draw_scores(
+        context,
+        before.model_version,
+        forgot["model_version"],
+        retrained["model_version"],
+        root,
+    )
     progress(
         f"\nForgetting: {forgot['rows_resolved']} rows re-solved, blocks written "
         f"{forgot['blocks_written']} of {forgot['blocks_total']}, {forgot['work_sweeps']:.3f} "
@@ -133,7 +139,7 @@ def requests(context: JobContext) -> str:
 
 
 def draw_scores(
-    context: JobContext, before: int, retrained: int, root: Path
+    context: JobContext, before: int, unlearned: int, retrained: int, root: Path
 ) -> dict[str, float] | None:
     """Draw the scores of the entries that a user who is still there had forgotten.
 
@@ -146,15 +152,15 @@ def draw_scores(
     from unlearn_spark.tables import models, ratings
 
     store = context.store
-    older, unlearned = models.published(store, before), models.published(store, retrained - 1)
+    older, newer = models.published(store, before), models.published(store, unlearned)
     assert older.ratings_version is not None
-    assert unlearned.ratings_version is not None
+    assert newer.ratings_version is not None
     pairs = ["user_id", "item_id"]
     gone = ratings.read(store, older.ratings_version).select(pairs)
-    gone = gone.join(ratings.read(store, unlearned.ratings_version).select(pairs), pairs, "anti")
+    gone = gone.join(ratings.read(store, newer.ratings_version).select(pairs), pairs, "anti")
     for name, version in (
         ("before", older),
-        ("unlearned", unlearned),
+        ("unlearned", newer),
         ("retrained", models.published(store, retrained)),
     ):
         users, items = models.read_factors(store, version)

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import click
 
 from unlearn_spark.cli import JobContext, job, progress, run
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
-
-    from unlearn_spark.tables.store import Store
 
 
 @job("Measure held-out errors and ranking quality.")
@@ -81,7 +76,7 @@ def of_published(
 ) -> dict[str, Any]:
     """Metrics of a published model on ratings from a file."""
     from unlearn_spark.evaluation.metrics import held_out_metrics
-    from unlearn_spark.tables import formats, models
+    from unlearn_spark.tables import formats, models, ratings, tombstones
     from unlearn_spark.unlearning.requests import typed_id
 
     renamed = formats.parse_columns(columns)
@@ -103,7 +98,7 @@ def of_published(
     )
     seen = None
     if model.ratings_version is not None:
-        seen = retained_ratings(store, model.ratings_version)
+        seen = ratings.retained(store, model.ratings_version, tombstones.version(store))
     with formats.explained(path, form):
         metrics = held_out_metrics(users, items, usable, seen, k=k, min_rating=min_rating)
     return {"model_version": model.model_version, **metrics}
@@ -115,8 +110,11 @@ def of_split(
     """Metrics of the settings, fitted to one share of the ratings table and tried on the other."""
     from unlearn_spark.als.training import fit_factors
     from unlearn_spark.evaluation.metrics import held_out_metrics, split_by_hash
+    from unlearn_spark.tables import ratings, tombstones
 
-    table = retained_ratings(context.store).select("user_id", "item_id", "rating")
+    store = context.store
+    stored = ratings.retained(store, None, tombstones.version(store))
+    table = stored.select("user_id", "item_id", "rating")
     train, held_out = split_by_hash(table, fraction, seed)
     result = fit_factors(
         train,
@@ -138,15 +136,6 @@ def of_split(
         "sweeps": summary.sweeps,
         "max_residual": summary.max_residual,
     }
-
-
-def retained_ratings(store: Store, version: int | None = None) -> DataFrame:
-    """The ratings table without what was asked to be forgotten, as training sees it."""
-    from unlearn_spark.tables import ratings, tombstones
-    from unlearn_spark.unlearning.requests import retained
-
-    table = ratings.read(store, version)
-    return retained(table, tombstones.read(store)) if tombstones.exists(store) else table
 
 
 if __name__ == "__main__":

@@ -48,23 +48,20 @@ def main(context: JobContext, path: str, form: str, converge: bool) -> dict[str,
     from unlearn_spark import publishing
     from unlearn_spark.als.adoption import adopt_factors
     from unlearn_spark.tables import foreign, formats, models, ratings, tombstones
-    from unlearn_spark.unlearning.requests import retained
 
     formats.check_exists(path)
     store, settings = context.store, context.settings
     store.require(ratings.TABLE)
     parent = models.newest(store)
     ratings_version = store.version(ratings.TABLE)
-    stored = ratings.read(store, ratings_version)
+    tombstones_version = tombstones.version(store)
+    stored = ratings.retained(store, ratings_version, tombstones_version)
     kinds = {side: stored.schema[f"{side}_id"].dataType for side in ("user", "item")}
     given = foreign.read_factors(context.spark, path, form, kinds)
     progress(f"{path}: {given.n_users} users and {given.n_items} items of rank {given.rank}")
     if given.rank != settings.als.rank:
         progress(f"als.rank = {settings.als.rank} is not used: the factors have {given.rank}")
     als = settings.als.model_copy(update={"rank": given.rank, "warm_start": None})
-    tombstones_version = tombstones.version(store)
-    if tombstones_version is not None:  # what was asked to be forgotten is not learnt again
-        stored = retained(stored, tombstones.read(store, tombstones_version))
     adopted = adopt_factors(
         stored.select("user_id", "item_id", "rating"),
         given.user,

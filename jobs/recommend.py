@@ -113,14 +113,11 @@ def seen_pairs(store: Store, model: ModelVersion) -> DataFrame | None:
     from pyspark.sql import functions as F
 
     from unlearn_spark.tables import ratings, tombstones
-    from unlearn_spark.unlearning.requests import retained
 
     if model.ratings_version is None:
         progress(f"model version {model.model_version} names no ratings; no item counts as seen")
         return None
-    rated = ratings.read(store, model.ratings_version)
-    if tombstones.exists(store):
-        rated = retained(rated, tombstones.read(store))
+    rated = ratings.retained(store, model.ratings_version, tombstones.version(store))
     return rated.select(F.col("user_id").alias("query_id"), F.col("item_id").alias("candidate_id"))
 
 

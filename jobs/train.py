@@ -28,7 +28,6 @@ def main(context: JobContext, plot: str | None) -> dict[str, Any]:
     from unlearn_spark import publishing
     from unlearn_spark.als.training import fit_factors
     from unlearn_spark.tables import models, ratings, tombstones
-    from unlearn_spark.unlearning.requests import retained
 
     if plot:
         check_plot(plot)
@@ -37,10 +36,8 @@ def main(context: JobContext, plot: str | None) -> dict[str, Any]:
     store.require(ratings.TABLE)
     parent = models.newest(store)
     ratings_version = store.version(ratings.TABLE)
-    stored = ratings.read(store, ratings_version)
     tombstones_version = tombstones.version(store)
-    if tombstones_version is not None:  # what was asked to be forgotten is not learnt again
-        stored = retained(stored, tombstones.read(store, tombstones_version))
+    stored = ratings.retained(store, ratings_version, tombstones_version)
     warm = publishing.warm_start(store, settings.als.warm_start)
     fitted = fit_factors(
         stored.select("user_id", "item_id", "rating"),

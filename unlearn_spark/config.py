@@ -63,6 +63,11 @@ class UnlearnSettings(_Section):
     max_rounds: int = Field(40, ge=1)
     """Frontier rounds before everything is swept instead."""
 
+    @property
+    def mark(self) -> float:
+        """The residual that a side that is worked on is solved down to."""
+        return self.lower_mark * self.tau
+
 
 class ExecutionSettings(_Section):
     """How work is cut into tasks. Results do not depend on these."""

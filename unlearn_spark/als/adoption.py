@@ -9,20 +9,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from pyspark.sql import functions as F
 
 from unlearn_spark.als.blocks import RatingBlock
-from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.spark import (
     FACTOR_SCHEMA,
     SIDES,
     arrays_of,
     binary_table,
-    matrix_of,
     other_side,
     part_key,
 )
@@ -38,6 +36,7 @@ from unlearn_spark.als.training import (
     finish_rows,
     largest_residual,
     solver_of,
+    starting_rows,
 )
 from unlearn_spark.errors import InputError
 
@@ -144,18 +143,8 @@ def adopt_factors(
         objective = _objective(encoded, als, parts)
     for frame in parts.values():
         frame.unpersist()
-    summary = TrainingSummary(
-        users=encoded.layouts["user"].n_rows,
-        items=encoded.layouts["item"].n_rows,
-        ratings=encoded.n_ratings,
-        sweeps=len(reports),
-        converged=converged,
-        objective=objective,
-        max_residual=worst,
-        seconds=time.perf_counter() - started,
-        sweep_seconds=sum(report.seconds for report in reports) / max(1, len(reports)),
-        encode_seconds=encode_seconds,
-        history=[asdict(report) for report in reports],
+    summary = TrainingSummary.of(
+        encoded, reports, converged, objective, worst, started, encode_seconds
     )
     return AdoptedFit(rows, encoded, summary, before, without_factors, without_ratings)
 
@@ -204,7 +193,6 @@ def _starting_parts(encoded: Encoded, als: AlsSettings, side: str, given: DataFr
     """Factor parts (`FACTOR_SCHEMA`) of one side with its share of the penalty: the given rows,
     and where there is none the row that a fresh training starts from."""
     layout, solver = encoded.layouts[side], solver_of(als)
-    rank, seed, nonnegative = als.rank, als.seed, als.nonnegative
     rows = (
         encoded.dictionaries[side]
         .join(given.select("id", "factors"), "id", "left")
@@ -222,10 +210,7 @@ def _starting_parts(encoded: Encoded, als: AlsSettings, side: str, given: DataFr
         row = arrays_of(left)[0]
         ratings = RatingBlock.from_binary(row)
         table = right.sort_by("slot")  # the order of the ratings' rows
-        x = initial_factors(table["hash"].to_numpy(), rank, seed, side, nonnegative)
-        known = table["factors"].is_valid().to_numpy()
-        if known.any():
-            x[known] = matrix_of(table["factors"].drop_null(), rank)
+        x = starting_rows(table, als, side)
         penalty = solver.penalty(ratings, x)
         return binary_table([solver.factor_row(row["part"], ratings.slots, x, penalty)])
 

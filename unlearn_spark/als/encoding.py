@@ -242,12 +242,6 @@ def transpose(parts: DataFrame, layout: SideLayout) -> DataFrame:
     return _build(parts.mapInArrow(_transposer(layout.n_parts, layout.keys), PART_SCHEMA), layout)
 
 
-def assemble(chunks: DataFrame, layout: SideLayout) -> DataFrame:
-    """Parts from stored chunks: rows with slots, counts, others, values (any grouping)."""
-    regrouped = chunks.mapInArrow(_regrouper(layout.n_parts, layout.keys), PART_SCHEMA)
-    return _build(regrouped, layout)
-
-
 def _build(packed: DataFrame, layout: SideLayout) -> DataFrame:
     """Join the chunks of each part into one sorted block; partitioned by key, so that sweeps
     find every part where it lies."""
@@ -306,18 +300,6 @@ def _transposer(n_parts: int, keys: tuple[int, ...]) -> Callable[[Batches], Batc
                     yield from binary_table([record]).to_batches()
 
     return turn
-
-
-def _regrouper(n_parts: int, keys: tuple[int, ...]) -> Callable[[Batches], Batches]:
-    def regroup(batches: Batches) -> Batches:
-        for batch in batches:
-            for row in arrays_of(batch):
-                block = RatingBlock.from_binary(row)
-                part = int(block.slots[0]) % n_parts  # a chunk lies within one block, so one part
-                record = {"key": keys[part], "part": part, **block.to_binary()}
-                yield from binary_table([record]).to_batches()
-
-    return regroup
 
 
 CHUNK_SCHEMA = (

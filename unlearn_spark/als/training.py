@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
 from unlearn_spark.als import encoding
@@ -37,6 +38,7 @@ from unlearn_spark.als.sweep import (
 )
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError
+from unlearn_spark.tables.factors import bound_expression
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -90,6 +92,32 @@ class TrainingSummary:
     sweep_seconds: float
     encode_seconds: float
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        encoded: Encoded,
+        reports: Sequence[SweepReport],
+        converged: bool,
+        objective: float,
+        max_residual: float,
+        started: float,
+        encode_seconds: float,
+    ) -> TrainingSummary:
+        """Of a fit that began at `started` (`time.perf_counter`) and ends now."""
+        return cls(
+            users=encoded.layouts["user"].n_rows,
+            items=encoded.layouts["item"].n_rows,
+            ratings=encoded.n_ratings,
+            sweeps=len(reports),
+            converged=converged,
+            objective=objective,
+            max_residual=max_residual,
+            seconds=time.perf_counter() - started,
+            sweep_seconds=sum(report.seconds for report in reports) / max(1, len(reports)),
+            encode_seconds=encode_seconds,
+            history=[asdict(report) for report in reports],
+        )
 
 
 @dataclass(frozen=True)
@@ -236,7 +264,6 @@ def start_iterate(
     """
     side = encoded.anchor
     layout = encoded.layouts[side]
-    rank, seed, nonnegative = settings.rank, settings.seed, settings.nonnegative
     rows = encoded.dictionaries[side].withColumn("hash", F.xxhash64("id"))
     if warm is not None:
         rows = rows.join(warm.select("id", "factors"), "id", "left")
@@ -249,10 +276,7 @@ def start_iterate(
     def start(table: pa.Table) -> pa.Table:
         table = table.sort_by("slot")
         slots = table["slot"].to_numpy().astype(np.int32)
-        y = initial_factors(table["hash"].to_numpy(), rank, seed, side, nonnegative)
-        given = table["factors"].is_valid().to_numpy()
-        if given.any():
-            y[given] = matrix_of(table["factors"].drop_null(), rank)
+        y = starting_rows(table, settings, side)
         return binary_table(
             [
                 {
@@ -264,6 +288,18 @@ def start_iterate(
         )
 
     return rows.groupBy("part").applyInArrow(start, "part int, slots binary, history binary")
+
+
+def starting_rows(table: pa.Table, settings: AlsSettings, side: str) -> NDArray[np.float32]:
+    """float32 (n, rank): the `factors` of a table where it has them, else those that a fresh
+    training starts from, by its column `hash`."""
+    y = initial_factors(
+        table["hash"].to_numpy(), settings.rank, settings.seed, side, settings.nonnegative
+    )
+    given = table["factors"].is_valid().to_numpy()
+    if given.any():
+        y[given] = matrix_of(table["factors"].drop_null(), settings.rank)
+    return y
 
 
 @dataclass
@@ -420,18 +456,8 @@ def fit_factors(
     rows = finish_rows(encoded, settings, factors)
     worst = max(largest_residual(frame) for frame in rows.values())
     reports = sweeper.reports
-    summary = TrainingSummary(
-        users=encoded.layouts["user"].n_rows,
-        items=encoded.layouts["item"].n_rows,
-        ratings=encoded.n_ratings,
-        sweeps=len(reports),
-        converged=converged,
-        objective=reports[-1].objective,
-        max_residual=worst,
-        seconds=time.perf_counter() - started,
-        sweep_seconds=sum(report.seconds for report in reports) / len(reports),
-        encode_seconds=encode_seconds,
-        history=[asdict(report) for report in reports],
+    summary = TrainingSummary.of(
+        encoded, reports, converged, reports[-1].objective, worst, started, encode_seconds
     )
     other.unpersist()
     return FitResult(rows, encoded, summary)
@@ -439,9 +465,6 @@ def fit_factors(
 
 def largest_residual(rows: DataFrame) -> float:
     """max ||A x - b|| / ||b|| over rows with gradient_norm and b_norm; b = 0 asks for g = 0."""
-    ratio = F.when(F.col("b_norm") > 0, F.col("gradient_norm") / F.col("b_norm")).otherwise(
-        F.when(F.col("gradient_norm") > 0, F.lit(float("inf"))).otherwise(F.lit(0.0))
-    )
-    found = rows.agg(F.max(ratio)).first()
+    found = rows.agg(F.max(bound_expression())).first()
     assert found is not None
     return float(found[0] or 0.0)

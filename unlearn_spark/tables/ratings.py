@@ -109,6 +109,22 @@ def read(store: Store, version: int | None = None) -> DataFrame:
     return store.read(TABLE, version)
 
 
+def retained(store: Store, version: int | None, tombstones_version: int | None) -> DataFrame:
+    """The table without what was asked to be forgotten: what a model may learn.
+
+    Parameters
+    ----------
+    version
+        Delta version of the ratings; None: as they are now.
+    tombstones_version
+        As from `tombstones.version`; None: nothing was ever asked.
+    """
+    rows = read(store, version)
+    if tombstones_version is None:
+        return rows
+    return requests.retained(rows, tombstones.read(store, tombstones_version))
+
+
 def newest_ingest(store: Store, version: int | None = None) -> int:
     """The largest ingest_id in the table, 0 when it is empty."""
     row = read(store, version).agg(F.max("ingest_id")).first()

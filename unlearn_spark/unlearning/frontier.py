@@ -37,6 +37,7 @@ from unlearn_spark.als.spark import (
     other_side,
     part_key,
 )
+from unlearn_spark.tables.factors import bound_expression
 from unlearn_spark.unlearning.ledger import drift, gram, moved_terms, rating_terms
 
 if TYPE_CHECKING:
@@ -247,7 +248,11 @@ class Frontier:
 
         # As many partitions as parts: adaptive execution would join them by their size.
         loaded = stored.unionByName(overlay).repartition(len(keys), "key")
-        return loaded.groupBy("key").applyInArrow(join_up, PART_SCHEMA)
+        return (
+            loaded.groupBy("key")
+            .applyInArrow(join_up, PART_SCHEMA)
+            .repartition(len(keys), "key")  # so that cogroups find the parts where they lie
+        )
 
     # --- steps -------------------------------------------------------------------------------
 
@@ -340,15 +345,16 @@ class Frontier:
             "factor_norm",
         )
 
-    def run(self) -> bool:
-        """Rounds until no bound exceeds tau; False when the loop is not the cheaper way."""
+    def run(self) -> float | None:
+        """Rounds until no bound exceeds tau; returns the largest, or None when the loop is not the
+        cheaper way."""
         while True:
             state = self.summary()
             over = {side: state[side] for side in SIDES if state[side].over}
             if not over:
-                return True
+                return max(state[side].worst for side in SIDES)
             if self.rounds >= self.settings.max_rounds or self.work.sweeps > MOST_SWEEPS:
-                return False
+                return None
             # The side with less to do first: its rows often quieten the other.
             side = min(over, key=lambda name: over[name].ratings)
             self.rounds += 1
@@ -361,14 +367,14 @@ class Frontier:
     def summary(self) -> dict[str, SideState]:
         """How each side stands."""
         tau = self.settings.tau
-        marked = bound() > self.settings.lower_mark * tau
+        marked = bound_expression() > self.settings.mark
         place = F.when(marked & (F.col("chunk") >= 0), F.struct("block", "chunk"))
         rows = (
             self.ledger.groupBy("side")
             .agg(
-                F.count_if(bound() > tau).alias("over"),
+                F.count_if(bound_expression() > tau).alias("over"),
                 F.coalesce(F.sum(F.when(marked, F.col("n_ratings"))), F.lit(0)).alias("ratings"),
-                F.coalesce(F.max(bound()), F.lit(0.0)).alias("worst"),
+                F.coalesce(F.max(bound_expression()), F.lit(0.0)).alias("worst"),
                 F.collect_set(place).alias("places"),
             )
             .withColumn("places", F.when(F.size("places") <= MOST_PLACES, F.col("places")))
@@ -388,8 +394,8 @@ class Frontier:
     def resolve(self, side: str, state: SideState) -> None:
         """Look at the rows of a side over the lower mark: scan them, re-solve those that need it,
         and push what moved into the other side."""
-        mark = self.settings.lower_mark * self.settings.tau
-        active = self.ledger.where((F.col("side") == side) & (bound() > mark))
+        mark = self.settings.mark
+        active = self.ledger.where((F.col("side") == side) & (bound_expression() > mark))
         useful = max(1, min(self.parallelism, state.ratings // 200_000))
         n_parts = max(useful, -(-state.ratings // self.execution.part_ratings))
         result = self._solve(side, active, balanced_keys(n_parts), mark, state)
@@ -438,8 +444,7 @@ class Frontier:
         state: SideState,
     ) -> DataFrame:
         other = other_side(side)
-        parts = self.ratings_of(side, active, keys, state.places)
-        parts = parts.repartition(len(keys), "key").persist()
+        parts = self.ratings_of(side, active, keys, state.places).persist()
         needed = parts.mapInArrow(_distinct_others, "key int, slot int")
         if state.ratings <= BROADCAST_ROWS:  # at most one needed row for each rating
             needed = F.broadcast(needed)
@@ -478,14 +483,6 @@ def _at(places: Places) -> Column:
         for block, chunks in by_block.items()
     ]
     return F.expr(" OR ".join(here) or "false")
-
-
-def bound() -> F.Column:
-    """gradient / b of a ledger row: 0 where both are 0, infinite where only b is."""
-    g, b = F.col("gradient_norm"), F.col("b_norm")
-    return F.when(g == float("inf"), g).otherwise(
-        F.when(b > 0, g / b).otherwise(F.when(g > 0, F.lit(float("inf"))).otherwise(F.lit(0.0)))
-    )
 
 
 # --- worker side: plain arrays -----------------------------------------------------------------

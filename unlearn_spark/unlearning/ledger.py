@@ -83,15 +83,9 @@ def rating_terms(
         scores[part] = np.einsum(
             "ij,ij->i", y[rows[part]].astype(np.float64), x[others[part]].astype(np.float64)
         )
-    if objective.implicit_prefs:
-        confidence = objective.alpha * np.abs(ratings)
-        positive = (ratings > 0).astype(np.float64)
-        in_b = positive * (1 + confidence)
-        weight = confidence * scores - in_b
-    else:
-        positive = np.ones(len(ratings))
-        in_b = ratings
-        weight = scores - ratings
+    confidence, in_b = objective.confidences(ratings)
+    weight = (scores if confidence is None else confidence * scores) - in_b
+    positive = ratings > 0 if objective.implicit_prefs else np.ones(len(ratings))
     shape = (n_rows, len(x))
     wide = x.astype(np.float64)
     gradient = np.asarray(sparse.csr_matrix((weight, (rows, others)), shape=shape) @ wide)
@@ -128,11 +122,9 @@ def moved_terms(
         float64 (n_others, rank) each.
     """
     ratings = np.asarray(values, np.float64)
-    if objective.implicit_prefs:
-        confidence = objective.alpha * np.abs(ratings)
-        in_b = (ratings > 0) * (1 + confidence)
-    else:
-        confidence, in_b = np.ones(len(ratings)), ratings
+    confidence, in_b = objective.confidences(ratings)
+    if confidence is None:
+        confidence = np.ones(len(ratings))
     gradient, b = np.zeros(y.shape), np.zeros(y.shape)
     _add_moved(
         np.ascontiguousarray(indptr, np.int64),

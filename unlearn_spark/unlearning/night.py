@@ -43,7 +43,7 @@ from unlearn_spark.als.training import (
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.unlearning import requests
-from unlearn_spark.unlearning.frontier import LEDGER_COLUMNS, Frontier, Work, bound
+from unlearn_spark.unlearning.frontier import LEDGER_COLUMNS, Frontier, Work
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -421,13 +421,12 @@ class Night:
         self.deletion = ThreadPoolExecutor(1).submit(self._delete_ratings)
         frontier.push_changes(self.tonight, self.gram_changes)
         sweeps = 0
-        if not frontier.run():
-            sweeps = self._sweep()
-        if self.swept is None:
-            state = frontier.summary()
-            worst = max(state[side].worst for side in SIDES)
+        worst = frontier.run()
+        if worst is not None:
             solved, blocks = self._outcome()
         else:
+            sweeps = self._sweep()
+            assert self.swept is not None
             worst = max(largest_residual(rows) for rows in self.swept.values())
             solved = {side: self.swept[side].count() for side in SIDES}
             blocks = {side: list(range(self.layouts[side]["n_blocks"])) for side in SIDES}
@@ -483,14 +482,10 @@ class Night:
             )
             every = frontier.ledger.where(F.col("side") == side)
             layouts[side] = layout
-            parts[side] = (
-                frontier.ratings_of(side, every, layout.keys).repartition(n_parts, "key").persist()
-            )
+            parts[side] = frontier.ratings_of(side, every, layout.keys).persist()
             names[side] = self.rows[side].select("id", "n_ratings", "block", "slot")
         encoded = Encoded(layouts, names, parts, self.n_ratings)
-        als = self.als.model_copy(
-            update={"tol": self.settings.unlearn.lower_mark * self.settings.unlearn.tau}
-        )
+        als = self.als.model_copy(update={"tol": self.settings.unlearn.mark})
         sweeper = Sweeper(
             encoded, als, self.settings.execution, lambda report: self.progress(report.line())
         )
@@ -604,7 +599,7 @@ class Night:
                 writes[f"{side}_factors_version"] = _writer(store, side, changed, self.blocks[side])
         ledger = self.frontier.ledger.join(
             identities[0].unionByName(identities[1]), ["side", "slot"]
-        ).withColumns({"bound": bound(), "drift_mark": F.lit(0.0)})
+        ).withColumns({"bound": factors.bound_expression(), "drift_mark": F.lit(0.0)})
         writes["ledger_version"] = lambda: factors.write_ledger(store, ledger, self.n_rows)
         writes["rating_changes_version"] = lambda: store.append(
             factors.RATING_CHANGES, self.new_changes
