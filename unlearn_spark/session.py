@@ -47,6 +47,10 @@ _STATIC_DEFAULTS = {
     # Rating and factor messages are incompressible binaries: compressing them only costs time.
     "spark.shuffle.compress": "false",
     "spark.shuffle.spill.compress": "false",
+    # Checksums by the processor's own instruction: Adler32, the default, is a pass of its own.
+    "spark.shuffle.checksum.algorithm": "CRC32C",
+    # Rows are few and of up to a megabyte: a sort of them would not fill the default's 64.
+    "spark.buffer.pageSize": "4m",
 }
 
 _DEFAULTS = {
@@ -56,6 +60,14 @@ _DEFAULTS = {
     "spark.sql.maxPlanStringLength": "20000",
     # Re-reading a Delta log of a few commits needs no fifty tasks.
     "spark.databricks.delta.snapshotPartitions": "2",
+}
+
+
+_MALLOC = {
+    # Buffers of megabytes go back to the system when they are freed, in the JVM and in workers.
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": "4194304",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 
 
@@ -118,6 +130,8 @@ def prepare_workers() -> None:
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
     for name in _BLAS_VARIABLES:
         os.environ.setdefault(name, "1")
+    for name, value in _MALLOC.items():
+        os.environ.setdefault(name, value)
     # Workers import this package by path when it is run from a checkout without being installed.
     package_parent = str(Path(__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH", "")

@@ -84,6 +84,34 @@ def test_chunks_are_within_one_block_and_join_to_the_whole(triples, n_blocks, si
     assert triples_of(concatenate([part for _, _, part in chunks])) == triples_of(block)
 
 
+@given(entries.filter(bool), st.integers(1, 50), st.randoms())
+def test_pieces_hold_whole_rows_and_join_to_the_block_in_any_order(triples, most, random):
+    block = block_of(triples)
+    pieces = list(block.pieces(most))
+    largest = int(block.counts.max())
+    assert all(piece.n_ratings < most + largest for piece in pieces)
+    assert [slot for piece in pieces for slot in piece.slots] == block.slots.tolist()
+    rows = [{name: bytes(value) for name, value in piece.to_binary().items()} for piece in pieces]
+    random.shuffle(rows)
+    joined = RatingBlock.from_pieces(rows)
+    for name in ("slots", "indptr", "others", "values"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(block, name))
+
+
+@given(entries.filter(bool), st.randoms())
+def test_repeated_pairs_are_ordered_by_value(triples, random):
+    twice = [*triples, *[(row, other, value + 1) for row, other, value in triples]]
+    random.shuffle(twice)
+    block = block_of(twice)
+    for first, last in zip(block.indptr, block.indptr[1:], strict=False):
+        pairs = list(zip(block.others[first:last], block.values[first:last], strict=True))
+        assert pairs == sorted(pairs)
+
+
+def test_a_block_without_rows_is_one_piece():
+    assert [piece.n_rows for piece in concatenate([]).pieces()] == [0]
+
+
 def test_ranges_lists_the_integers_of_each():
     np.testing.assert_array_equal(ranges(np.array([3, 7, 7]), np.array([5, 7, 9])), [3, 4, 7, 8])
     assert len(ranges(np.zeros(0, np.int64), np.zeros(0, np.int64))) == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from unlearn_spark.als.initial import initial_factors
+from unlearn_spark.als.spark import batches_by_rows
 from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError
@@ -156,3 +157,14 @@ def test_no_ratings_is_said(spark):
     empty = spark.createDataFrame([], "user_id bigint, item_id bigint, rating float")
     with pytest.raises(InputError, match="no ratings"):
         fit_factors(empty, AlsSettings())
+
+
+def test_batches_limited_by_rows_leave_the_session_as_it_was(spark):
+    key = "spark.sql.execution.arrow.maxBytesPerBatch"
+    before = spark.conf.get(key, None)
+    with batches_by_rows(spark):
+        assert int(spark.conf.get(key)) == 2**31 - 1
+    assert spark.conf.get(key, None) == before
+    with pytest.raises(RuntimeError), batches_by_rows(spark):
+        raise RuntimeError
+    assert spark.conf.get(key, None) == before

@@ -149,3 +149,119 @@ def test_a_first_night_that_sweeps_everything(store, nights, tmp_path):
 
 def receipts_of(store):
     return receipts.read(store, models.published(store)).collect()
+
+
+def trained(job, path, rows, sets=()):
+    header = "user_id,item_id,rating,rated_at"
+    job("ingest_ratings", "--input", write(path / "r.csv", header, rows), "--format", "csv")
+    job("train", sets=sets)
+
+
+def ids(store, side):
+    model = models.published(store)
+    frame = models.read_factors(store, model)[0 if side == "user" else 1]
+    return {row.id for row in frame.select("id").collect()}
+
+
+@pytest.mark.slow
+def test_the_only_rater_of_many_items_takes_them_along(store, nights, tmp_path):
+    rows = list(data_set(2))
+    alone = [("solo", f"rare{n}", 4.0, 1_600_000_000) for n in range(6)]
+    trained(nights, tmp_path, [*rows, *alone, ("solo", "i1", 3.0, 1_600_000_000)])
+    assert "rare0" in ids(store, "item")
+    asked = [("q", "user", "solo", "", "", "")]
+    nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked))
+    night = nights("unlearn")
+    assert night["ratings_removed"] == 7
+    assert "solo" not in ids(store, "user")
+    assert not {row[1] for row in alone} & ids(store, "item")
+    assert "i1" in ids(store, "item")
+    assert nights("audit")["holds"]
+
+
+@pytest.mark.slow
+def test_a_user_who_comes_back_is_learnt_from_the_new_ratings_alone(store, nights, tmp_path):
+    rows = list(data_set(3))
+    trained(nights, tmp_path, rows)
+    asked = [("go", "user", "u4", "", "", "")]
+    nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked))
+    nights("unlearn")
+    assert "u4" not in ids(store, "user")
+    back = write(
+        tmp_path / "back.csv",
+        "request_id,scope,user_id,item_id,from_ts,to_ts,requested_at",
+        [("back", "reinstate", "u4", "", "", "", 1_700_000_500)],
+    )
+    nights("ingest_tombstones", "--input", back)
+    late = [("u4", "i2", 5.0, 1_700_001_000), ("u4", "i3", 1.0, 1_700_001_000)]
+    source = write(tmp_path / "n.csv", "user_id,item_id,rating,rated_at", late)
+    taken = nights("ingest_ratings", "--input", source, "--format", "csv")
+    assert (taken["ratings_written"], taken["quarantined"]) == (2, 0)
+    night = nights("update")
+    assert night["ratings_added"] == 2
+    model = models.published(store)
+    users = models.read_factors(store, model)[0]
+    (row,) = users.where("id = 'u4'").collect()
+    assert row.n_ratings == 2
+    audit = nights("audit")
+    assert audit["holds"]
+    assert audit["tombstoned_ratings_found"] == 0
+
+
+@pytest.mark.slow
+def test_the_same_request_twice_is_honoured_once(store, nights, tmp_path):
+    rows = list(data_set(4))
+    trained(nights, tmp_path, rows)
+    asked = [("same", "user", "u6", "", "", "")]
+    first = nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked * 2))
+    assert first["accepted"] == 1
+    nights("unlearn")
+    published = models.published(store)
+    again = nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked))
+    assert again["accepted"] == 0
+    assert nights("unlearn")["requests"] == 0
+    assert models.published(store) == published
+    assert [answer.request_id for answer in receipts_of(store)] == ["same"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["user", "item"])
+def test_everything_of_a_side_is_refused_in_one_line(store, nights, run_job, tmp_path, side):
+    rows = list(data_set(5, users=6, items=5, n=20))
+    trained(nights, tmp_path, rows)
+    published = models.published(store)
+    names = sorted({row[0 if side == "user" else 1] for row in rows})
+    cells = [(name, "") if side == "user" else ("", name) for name in names]
+    asked = [(f"q{n}", side, *cell, "", "") for n, cell in enumerate(cells)]
+    nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked))
+    refused = run_job("unlearn", "--root", store.root)
+    assert "remove every rating" in refused.error
+    assert models.published(store) == published
+
+
+@pytest.mark.slow
+def test_a_night_does_not_depend_on_blocks_or_on_the_order_of_requests(
+    spark, nights, store, tmp_path
+):
+    rows = list(data_set(6))
+    asked = [(f"q{n}", "user", f"u{n}", "", "", "") for n in (3, 8, 13)]
+    asked += [("pair", "rating", rows[0][0], rows[0][1], "", ""), ("i", "item", "", "i9", "", "")]
+    tight = ["als.tol=1e-6", "unlearn.tau=1e-5", "als.max_sweeps=300"]
+    found = []
+    for turn, blocks in enumerate((2, 16)):
+        root = ["--root", f"{store.root}-{turn}"]
+
+        def job(name, *arguments, sets=(), root=root):
+            return nights(name, *arguments, *root, sets=sets)
+
+        sets = [*tight, f"als.user_blocks={blocks}", f"als.item_blocks={blocks}"]
+        trained(job, tmp_path, rows if turn else rows[::-1], sets)
+        order = asked if turn else asked[::-1]
+        job("ingest_tombstones", "--input", requests(tmp_path / f"t{turn}.csv", order))
+        night = job("unlearn", sets=tight)
+        assert night["max_residual"] <= 1e-5
+        factors = spark.read.format("delta").load(f"{store.root}-{turn}/user_factors")
+        found.append({row.id: np.array(row.factors) for row in factors.collect()})
+    assert found[0].keys() == found[1].keys()
+    for user, row in found[0].items():
+        np.testing.assert_allclose(row, found[1][user], atol=2e-3)

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import RatingBlock
 from unlearn_spark.als.spark import (
     FACTOR_SCHEMA,
     SIDES,
-    arrays_of,
     binary_table,
     other_side,
     part_key,
+    part_of,
 )
 from unlearn_spark.als.sweep import FACTOR_KINDS, sweep_anchor
 from unlearn_spark.als.training import (
@@ -207,12 +206,11 @@ def _starting_parts(encoded: Encoded, als: AlsSettings, side: str, given: DataFr
     def start(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return pa.table({name: pa.array([], kind) for name, kind in FACTOR_KINDS.items()})
-        row = arrays_of(left)[0]
-        ratings = RatingBlock.from_binary(row)
+        part, ratings = part_of(left)
         table = right.sort_by("slot")  # the order of the ratings' rows
         x = starting_rows(table, als, side)
         penalty = solver.penalty(ratings, x)
-        return binary_table([solver.factor_row(row["part"], ratings.slots, x, penalty)])
+        return binary_table([solver.factor_row(part, ratings.slots, x, penalty)])
 
     return (
         encoded.parts[side]

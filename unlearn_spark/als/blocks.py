@@ -9,7 +9,8 @@ slot
     factor matrix indexed by slot keeps its most used rows together in the cache.
 part
     The rows that one task works on: all slots with ``slot % n_parts == part``. ``n_parts``
-    divides ``n_blocks``, so a part is a whole number of blocks.
+    divides ``n_blocks``, so a part is a whole number of blocks. It travels as several *pieces*,
+    runs of its rows in slot order.
 
 A worked example: 2 blocks and 1 part; users a, b, c hash to blocks 0, 1, 0 and have 1, 2 and 3
 ratings. Block 0 holds c (position 0, slot 0) and a (position 1, slot 2); block 1 holds b (position
@@ -22,10 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+PIECE_RATINGS = 65_536
+"""Ratings in one row of a part in memory (0.5 MB). A JVM that moves arrays of some tens of
+megabytes fragments its heap and holds several times what it needs."""
 
 CHUNK_RATINGS = 32_768
 """Ratings in one stored chunk: what has to be read to see the ratings of a single row."""
@@ -104,6 +110,11 @@ class RatingBlock:
         np.cumsum(np.bincount(local, minlength=len(slots)), out=indptr[1:])
         return cls(slots, indptr, others[order], values[order])
 
+    @classmethod
+    def from_pieces(cls, rows: Sequence[Mapping[str, object]]) -> RatingBlock:
+        """The block whose pieces, in any order, are given as `to_binary` made them."""
+        return concatenate([cls.from_binary(row) for row in rows])
+
     def rows(self, keep: NDArray[np.bool_]) -> RatingBlock:
         """Only the rows where `keep` is true."""
         entries = np.repeat(keep, np.diff(self.indptr))
@@ -111,6 +122,22 @@ class RatingBlock:
         indptr = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=indptr[1:])
         return RatingBlock(self.slots[keep], indptr, self.others[entries], self.values[entries])
+
+    def pieces(self, most: int = PIECE_RATINGS) -> Iterator[RatingBlock]:
+        """Runs of whole rows with about `most` ratings each; `concatenate` undoes it."""
+        if not self.n_rows:
+            yield self
+            return
+        marks = np.arange(0, max(1, self.n_ratings), most)
+        cuts = np.unique([*np.searchsorted(self.indptr, marks), self.n_rows])
+        for first, last in pairwise(cuts):
+            start, stop = self.indptr[first], self.indptr[last]
+            yield RatingBlock(
+                self.slots[first:last],
+                self.indptr[first : last + 1] - start,
+                self.others[start:stop],
+                self.values[start:stop],
+            )
 
     def entry_rows(self) -> NDArray[np.int32]:
         """For every rating the slot of its row, int32 (n_ratings,)."""
@@ -147,11 +174,15 @@ def concatenate(blocks: Sequence[RatingBlock]) -> RatingBlock:
             np.zeros(0, np.int32),
             np.zeros(0, np.float32),
         )
+    blocks = sorted(blocks, key=lambda block: int(block.slots[0]) if block.n_rows else -1)
     slots = np.concatenate([block.slots for block in blocks])
     others = np.concatenate([block.others for block in blocks])
     values = np.concatenate([block.values for block in blocks])
+    if bool((slots[1:] > slots[:-1]).all()):  # the pieces of one block
+        counts = np.concatenate([np.diff(block.indptr) for block in blocks])
+        return RatingBlock(slots, np.concatenate([[0], np.cumsum(counts)]), others, values)
     order = np.argsort(slots, kind="stable")
-    if len(slots) > 1 and (np.diff(slots[order]) == 0).any():
+    if (np.diff(slots[order]) == 0).any():
         rows = np.concatenate([block.entry_rows() for block in blocks])
         return RatingBlock.from_entries(rows, others, values)
     # Every row is whole in one block, its entries sorted: only rows have to be moved.
@@ -242,8 +273,11 @@ def _order_by_pair(
     keys.sort()
     order = keys & ((1 << index_bits) - 1)
     pairs = keys >> index_bits
-    if n > 1 and bool((pairs[1:] == pairs[:-1]).any()):
-        return np.lexsort((values, others, local))
+    twice = pairs[1:] == pairs[:-1]
+    if bool(twice.any()):
+        places = np.flatnonzero(np.append(twice, False) | np.append(False, twice))
+        repeated = order[places]
+        order[places] = repeated[np.lexsort((values[repeated], pairs[places]))]
     return order
 
 

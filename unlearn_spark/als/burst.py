@@ -163,7 +163,11 @@ def burst(
     state = state.select(F.lit(key).alias("key"), "part", "slots", "history", "accelerator")
 
     def sweep(left: pa.Table, right: pa.Table) -> pa.Table:
-        blocks = {row["anchor"]: RatingBlock.from_binary(row) for row in arrays_of(left)}
+        pieces = arrays_of(left)
+        blocks = {
+            side: RatingBlock.from_pieces([row for row in pieces if row["anchor"] == side])
+            for side in (True, False)
+        }
         row = arrays_of(right)[0]
         anchor, other = blocks[True], blocks[False]
         stack = np.frombuffer(row["history"], np.float32).reshape(-1, anchor.n_rows, solver.rank)

@@ -22,7 +22,7 @@ from pyspark import TaskContext
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import RatingBlock, concatenate, raw, split_into_chunks
+from unlearn_spark.als.blocks import RatingBlock, raw, split_into_chunks
 from unlearn_spark.als.spark import (
     PART_SCHEMA,
     arrays_of,
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 Batches = Iterable[pa.RecordBatch]
 
-PACK_RATINGS = 2_000_000
-"""Ratings of one fragment: few, large messages (24 MB), and ids are hashed once for so many."""
+PACK_RATINGS = 1_000_000
+"""Ratings of one fragment: few, large messages (12 MB), and ids are hashed once for so many."""
 
 ROWS_PER_BLOCK = 16_384
 """Rows of one storage block where the number of blocks is chosen from the data: 4 MB at rank 64."""
@@ -191,7 +191,7 @@ def assign_slots(counted: DataFrame, n_blocks: int) -> DataFrame:
 def encode(
     fragments: DataFrame, users: DataFrame, items: DataFrame, layout: SideLayout
 ) -> DataFrame:
-    """Rating parts of one side (columns of `PART_SCHEMA`), one row per part.
+    """Rating parts of one side (columns of `PART_SCHEMA`), one row per piece.
 
     Parameters
     ----------
@@ -258,8 +258,9 @@ def _join_chunks(table: pa.Table) -> pa.Table:
         ]
         block = RatingBlock.from_entries(*joined)
     else:
-        block = concatenate([RatingBlock.from_binary(row) for row in rows])
-    return binary_table([{"key": rows[0]["key"], "part": rows[0]["part"], **block.to_binary()}])
+        block = RatingBlock.from_pieces(rows)
+    place = {"key": rows[0]["key"], "part": rows[0]["part"]}
+    return binary_table([{**place, **piece.to_binary()} for piece in block.pieces()])
 
 
 _ENTRY_KINDS = (("slots", np.int32), ("others", np.int32), ("values", np.float32))
@@ -291,13 +292,16 @@ def _entries_by_part(
 def _transposer(n_parts: int, keys: tuple[int, ...]) -> Callable[[Batches], Batches]:
     def turn(batches: Batches) -> Batches:
         for batch in batches:
-            for row in arrays_of(batch):
-                block = RatingBlock.from_binary(row)
-                entries = _entries_by_part(
-                    block.others, block.entry_rows(), block.values, n_parts, keys
+            pieces = [RatingBlock.from_binary(row) for row in arrays_of(batch)]
+            rows, others, values = (
+                np.concatenate(entries)
+                for entries in zip(
+                    *((piece.others, piece.entry_rows(), piece.values) for piece in pieces),
+                    strict=True,
                 )
-                for record in entries:
-                    yield from binary_table([record]).to_batches()
+            )
+            for record in _entries_by_part(rows, others, values, n_parts, keys):
+                yield from binary_table([record]).to_batches()
 
     return turn
 
@@ -313,15 +317,14 @@ def stored_chunks(parts: DataFrame, layout: SideLayout) -> DataFrame:
     side, n_blocks = layout.side, layout.n_blocks
     kinds = {"side": pa.string(), "block": pa.int32(), "chunk": pa.int32()}
 
-    def cut(batches: Batches) -> Batches:
-        for batch in batches:
-            for row in arrays_of(batch):
-                for block, chunk, ratings in split_into_chunks(
-                    RatingBlock.from_binary(row), n_blocks
-                ):
-                    place = {"side": side, "block": block, "chunk": chunk}
-                    yield from binary_table(
-                        [{**place, **ratings.to_binary()}], **kinds
-                    ).to_batches()
+    def cut(pieces: pa.Table) -> pa.Table:
+        part = RatingBlock.from_pieces(arrays_of(pieces))
+        return binary_table(
+            [
+                {"side": side, "block": block, "chunk": chunk, **ratings.to_binary()}
+                for block, chunk, ratings in split_into_chunks(part, n_blocks)
+            ],
+            **kinds,
+        )
 
-    return parts.mapInArrow(cut, CHUNK_SCHEMA)
+    return parts.groupBy("key").applyInArrow(cut, CHUNK_SCHEMA)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import pyarrow as pa
 from pyspark.sql import functions as F
 
+from unlearn_spark.als.blocks import RatingBlock
+
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
 PART_SCHEMA = "key int, part int, slots binary, counts binary, others binary, values binary"
-"""Rating parts; `counts` is null in chunks of loose entries, where `slots` has one per rating."""
+"""Pieces of rating parts; `counts` is null in chunks of loose entries, where `slots` has one for
+each rating."""
 
 FACTOR_SCHEMA = "part int, slots binary, factors binary, gram binary, scalar double"
 """Factor rows of one part: int32 slots, float32 (n, rank) rows, their float64 Gram matrix where
@@ -51,6 +55,12 @@ def _plain(value: pa.Scalar) -> Any:
     if pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type):
         return value.as_buffer()
     return value.as_py()
+
+
+def part_of(pieces: pa.Table) -> tuple[int, RatingBlock]:
+    """A part's number and its ratings, from its pieces (`PART_SCHEMA`)."""
+    rows = arrays_of(pieces)
+    return rows[0]["part"], RatingBlock.from_pieces(rows)
 
 
 def binary_table(rows: Iterable[Mapping[str, Any]], **kinds: pa.DataType) -> pa.Table:
@@ -109,6 +119,25 @@ def gram_of(rows: DataFrame, rank: int) -> np.ndarray:
     for row in rows.select("factors").mapInArrow(add_up, "gram binary").collect():
         total += np.frombuffer(row["gram"]).reshape(rank, rank)
     return total
+
+
+@contextmanager
+def batches_by_rows(spark: SparkSession) -> Iterator[None]:
+    """Plans made inside hand rows to Python in batches that the number of rows alone limits.
+
+    Spark 4.1 also limits their bytes, and to do so adds up the sizes of all vectors after every
+    row: with rows of three numbers that takes longer than all the rest. For narrow rows only.
+    """
+    key = "spark.sql.execution.arrow.maxBytesPerBatch"
+    before = spark.conf.get(key, None)
+    spark.conf.set(key, str(2**31 - 1))
+    try:
+        yield
+    finally:
+        if before is None:
+            spark.conf.unset(key)
+        else:
+            spark.conf.set(key, before)
 
 
 def session_parallelism(spark: SparkSession) -> int:

@@ -28,6 +28,7 @@ from unlearn_spark.als.spark import (
     binary_table,
     list_column,
     part_key,
+    part_of,
 )
 
 if TYPE_CHECKING:
@@ -230,12 +231,11 @@ def solve_side(
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return _empty(FACTOR_KINDS)
-        row = arrays_of(left)[0]
-        ratings = RatingBlock.from_binary(row)
+        part, ratings = part_of(left)
         seen = OtherSide.from_messages(arrays_of(right), solver.rank, other_slots)
         factors = solver.solve(ratings, seen, None).factors
         penalty = solver.penalty(ratings, factors)
-        return binary_table([solver.factor_row(row["part"], ratings.slots, factors, penalty)])
+        return binary_table([solver.factor_row(part, ratings.slots, factors, penalty)])
 
     return (
         parts.groupBy("key")
@@ -262,8 +262,7 @@ def sweep_anchor(
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return _empty(STATE_KINDS)
-        row = arrays_of(left)[0]
-        ratings = RatingBlock.from_binary(row)
+        part, ratings = part_of(left)
         received = arrays_of(right)
         own = next(message for message in received if message["own"])
         seen = OtherSide.from_messages(received, solver.rank, other_slots)
@@ -272,8 +271,8 @@ def sweep_anchor(
         return binary_table(
             [
                 {
-                    "part": row["part"],
-                    "slots": row["slots"],
+                    "part": part,
+                    "slots": raw(ratings.slots, np.int32),
                     "history": raw(found.history, np.float32),
                     "quadratic": found.quadratic,
                     "penalty": found.penalty,
@@ -346,7 +345,7 @@ def finish_side(
     def scan(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return _empty(ROW_KINDS)
-        ratings = RatingBlock.from_binary(arrays_of(left)[0])
+        ratings = part_of(left)[1]
         received = arrays_of(right)
         mine = next(message for message in received if message["own"])
         factors = np.frombuffer(mine["factors"], np.float32).reshape(-1, solver.rank)

@@ -22,6 +22,7 @@ from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.kernel import Objective
 from unlearn_spark.als.spark import (
     SIDES,
+    batches_by_rows,
     binary_table,
     materialise,
     matrix_of,
@@ -213,9 +214,10 @@ def encode_ratings(
         There are no ratings.
     """
     parallelism = session_parallelism(ratings.sparkSession)
-    fragments = encoding.fragment(ratings).persist()
-    counted = {side: encoding.count_ratings(fragments, side).persist() for side in SIDES}
-    sizes = aggregates_of(counted, F.count(F.lit(1)), F.coalesce(F.sum("n_ratings"), F.lit(0)))
+    with batches_by_rows(ratings.sparkSession):
+        fragments = encoding.fragment(ratings).persist()
+        counted = {side: encoding.count_ratings(fragments, side).persist() for side in SIDES}
+        sizes = aggregates_of(counted, F.count(F.lit(1)), F.coalesce(F.sum("n_ratings"), F.lit(0)))
     n_ratings = sizes["user"][1]
     if n_ratings == 0:
         raise InputError("there are no ratings to train on; ingest some first")

@@ -36,6 +36,7 @@ from unlearn_spark.als.spark import (
     matrix_of,
     other_side,
     part_key,
+    part_of,
 )
 from unlearn_spark.tables.factors import bound_expression
 from unlearn_spark.unlearning.ledger import drift, gram, moved_terms, rating_terms
@@ -239,12 +240,13 @@ class Frontier:
                 F.col("model_version").alias("seq"),
             )
         )
-        part_of = {k: part for part, k in enumerate(keys)}
+        numbers = {key: part for part, key in enumerate(keys)}
 
         def join_up(table: pa.Table) -> pa.Table:
             number = table["key"][0].as_py()
             block = _overlaid(table)
-            return binary_table([{"key": number, "part": part_of[number], **block.to_binary()}])
+            place = {"key": number, "part": numbers[number]}
+            return binary_table([{**place, **piece.to_binary()} for piece in block.pieces()])
 
         # As many partitions as parts: adaptive execution would join them by their size.
         loaded = stored.unionByName(overlay).repartition(len(keys), "key")
@@ -557,7 +559,7 @@ def _row_solver(
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return pa.table({name: pa.array([], kind) for name, kind in _SOLVED_KINDS.items()})
-        block = RatingBlock.from_binary(arrays_of(left)[0])
+        block = part_of(left)[1]
         own = right.filter(right["own"]).sort_by("slot")
         theirs = right.filter(pa.compute.invert(right["own"])).sort_by("slot")
         slots = own["slot"].to_numpy()
