@@ -544,11 +544,16 @@ def _overlaid(table: pa.Table) -> RatingBlock:
 
 
 def _distinct_others(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+    """(key, slot) of the other side's rows that each part needs; a part lies in one partition."""
+    needed: dict[int, NDArray[np.int32]] = {}
     for batch in batches:
         for row in arrays_of(batch):
-            slots = np.unique(np.frombuffer(row["others"], np.int32))
-            keys = np.full(len(slots), row["key"], np.int32)
-            yield pa.RecordBatch.from_arrays([pa.array(keys), pa.array(slots)], ["key", "slot"])
+            others = np.frombuffer(row["others"], np.int32)
+            known = needed.get(row["key"], others[:0])
+            needed[row["key"]] = np.unique(np.concatenate([known, others]))
+    for key, slots in needed.items():
+        keys = np.full(len(slots), key, np.int32)
+        yield pa.RecordBatch.from_arrays([pa.array(keys), pa.array(slots)], ["key", "slot"])
 
 
 def _row_solver(
