@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 RATINGS ?= ../shared/data/ml-latest-small/ratings.csv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench clean
+.PHONY: help setup demo test test-all check format bench bench-large clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,10 +43,15 @@ format: setup ## let ruff format the code
 
 bench: setup ## side by side with Spark MLlib and with retraining; writes benchmarks/results/
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/convergence.py $(if $(wildcard $(RATINGS)),--input $(RATINGS))
 	$(if $(wildcard $(RATINGS)),$(BIN)/python benchmarks/quality.py --input $(RATINGS),@echo 'no $(RATINGS): quality left out')
 	$(BIN)/python benchmarks/forgetting.py
+
+bench-large: setup ## 100.5M ratings on this machine, against what smaller sizes predict
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python benchmarks/large.py
 
 clean: ## remove what the demo wrote
 	rm -rf demo-output

@@ -95,6 +95,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     Console(width=120).print(drawn)
 
 
+def memory_of(pid: int) -> int:
+    """Bytes of a process and all its descendants now (proportional set size)."""
+    import psutil
+
+    total = 0
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
 def peak_memory(command: Sequence[str]) -> float:
     """GiB at the highest moment of a process and all its descendants (proportional set size).
 
@@ -105,17 +119,10 @@ def peak_memory(command: Sequence[str]) -> float:
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     highest = 0
     while running.poll() is None:
-        total = 0
         try:
-            root = psutil.Process(running.pid)
-            for process in [root, *root.children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().pss
-                except (psutil.NoSuchProcess, psutil.AccessDenied):
-                    continue
+            highest = max(highest, memory_of(running.pid))
         except psutil.NoSuchProcess:
             break
-        highest = max(highest, total)
         time.sleep(0.3)
     if running.wait() != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {running.returncode}")
