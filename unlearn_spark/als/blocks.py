@@ -30,8 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PIECE_RATINGS = 65_536
-"""Ratings in one row of a part in memory (0.5 MB). A JVM that moves arrays of some tens of
-megabytes fragments its heap and holds several times what it needs."""
+"""Ratings in one piece (0.5 MB), so that the largest array in the JVM does not grow with a part."""
 
 CHUNK_RATINGS = 32_768
 """Ratings in one stored chunk: what has to be read to see the ratings of a single row."""
@@ -178,15 +177,14 @@ def concatenate(blocks: Sequence[RatingBlock]) -> RatingBlock:
     slots = np.concatenate([block.slots for block in blocks])
     others = np.concatenate([block.others for block in blocks])
     values = np.concatenate([block.values for block in blocks])
+    counts = np.concatenate([np.diff(block.indptr) for block in blocks])
     if bool((slots[1:] > slots[:-1]).all()):  # the pieces of one block
-        counts = np.concatenate([np.diff(block.indptr) for block in blocks])
         return RatingBlock(slots, np.concatenate([[0], np.cumsum(counts)]), others, values)
     order = np.argsort(slots, kind="stable")
     if (np.diff(slots[order]) == 0).any():
         rows = np.concatenate([block.entry_rows() for block in blocks])
         return RatingBlock.from_entries(rows, others, values)
     # Every row is whole in one block, its entries sorted: only rows have to be moved.
-    counts = np.concatenate([np.diff(block.indptr) for block in blocks])
     stops = np.cumsum(counts)
     entries = ranges((stops - counts)[order], stops[order])
     indptr = np.zeros(len(slots) + 1, np.int64)

@@ -292,15 +292,11 @@ def _entries_by_part(
 def _transposer(n_parts: int, keys: tuple[int, ...]) -> Callable[[Batches], Batches]:
     def turn(batches: Batches) -> Batches:
         for batch in batches:
-            pieces = [RatingBlock.from_binary(row) for row in arrays_of(batch)]
-            rows, others, values = (
-                np.concatenate(entries)
-                for entries in zip(
-                    *((piece.others, piece.entry_rows(), piece.values) for piece in pieces),
-                    strict=True,
-                )
+            block = RatingBlock.from_pieces(arrays_of(batch))
+            entries = _entries_by_part(
+                block.others, block.entry_rows(), block.values, n_parts, keys
             )
-            for record in _entries_by_part(rows, others, values, n_parts, keys):
+            for record in entries:
                 yield from binary_table([record]).to_batches()
 
     return turn

@@ -523,7 +523,7 @@ def _overlaid(table: pa.Table) -> RatingBlock:
     """Join the chunks of one part and apply the changes, the newest of a pair last."""
     is_change = table["change"].is_valid().to_numpy()
     stored = table.filter(pa.array(~is_change)).select(["slots", "counts", "others", "values"])
-    block = concatenate([RatingBlock.from_binary(row) for row in arrays_of(stored)])
+    block = RatingBlock.from_pieces(arrays_of(stored))
     if not is_change.any():
         return block
     changes = table.filter(pa.array(is_change))
@@ -545,13 +545,13 @@ def _overlaid(table: pa.Table) -> RatingBlock:
 
 def _distinct_others(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
     """(key, slot) of the other side's rows that each part needs; a part lies in one partition."""
-    needed: dict[int, NDArray[np.int32]] = {}
+    needed: dict[int, list[NDArray[np.int32]]] = {}
     for batch in batches:
         for row in arrays_of(batch):
-            others = np.frombuffer(row["others"], np.int32)
-            known = needed.get(row["key"], others[:0])
-            needed[row["key"]] = np.unique(np.concatenate([known, others]))
-    for key, slots in needed.items():
+            slots = np.unique(np.frombuffer(row["others"], np.int32))
+            needed.setdefault(row["key"], []).append(slots)
+    for key, found in needed.items():
+        slots = np.unique(np.concatenate(found))
         keys = np.full(len(slots), key, np.int32)
         yield pa.RecordBatch.from_arrays([pa.array(keys), pa.array(slots)], ["key", "slot"])
 
