@@ -95,6 +95,40 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     Console(width=120).print(drawn)
 
 
+def library_fit(
+    ratings: tuple[Any, Any, Any], rank: int, reg_param: float, alpha: float, cg: bool
+) -> Callable[[int], float]:
+    """Seconds that the library implicit takes for so many sweeps on all cores.
+
+    Parameters
+    ----------
+    ratings
+        User and item numbers from 0, and values.
+    cg
+        Three steps of conjugate gradients a row, else an exact Cholesky solve.
+    """
+    from implicit.cpu.als import AlternatingLeastSquares
+    from scipy.sparse import csr_matrix
+    from threadpoolctl import threadpool_limits
+
+    users, items, values = ratings
+    matrix = csr_matrix((alpha * values, (users, items)))
+
+    def fit(sweeps: int) -> float:
+        model = AlternatingLeastSquares(
+            factors=rank,
+            regularization=reg_param,
+            iterations=sweeps,
+            use_cg=cg,
+            num_threads=os.cpu_count() or 1,
+            random_state=1,
+        )
+        with threadpool_limits(1, "blas"):
+            return timed(lambda: model.fit(matrix, show_progress=False))
+
+    return fit
+
+
 def memory_of(pid: int) -> int:
     """Bytes of a process and all its descendants now (proportional set size)."""
     import psutil

@@ -101,22 +101,7 @@ def sweeps(
 
 def peer(users: Any, items: Any, values: Any, rank: int, cg: bool, repeat: int) -> list[float]:
     """Seconds of sweeps of the library implicit: a longer fit less a one-sweep fit."""
-    from implicit.cpu.als import AlternatingLeastSquares
-    from scipy.sparse import csr_matrix
-
-    matrix = csr_matrix((ALPHA * values, (users, items)))
-
-    def fit(n: int) -> float:
-        model = AlternatingLeastSquares(
-            factors=rank,
-            regularization=REG_PARAM,
-            iterations=n,
-            use_cg=cg,
-            num_threads=os.cpu_count() or 1,
-            random_state=1,
-        )
-        return common.timed(lambda: model.fit(matrix, show_progress=False))
-
+    fit = common.library_fit((users, items, values), rank, REG_PARAM, ALPHA, cg)
     return [(fit(3) - fit(1)) / 2 for _ in range(repeat)]
 
 

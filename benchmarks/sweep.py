@@ -1,11 +1,13 @@
 """One sweep, the preparation before it and the memory of both, side by side with Spark MLlib.
 
     python benchmarks/sweep.py --ratings 10000000 --rank 64 --rounds 3
+    python benchmarks/sweep.py --implicit --no-memory
 
 The contestants alternate on the same Delta table in the same session; seconds are noisy, ratios
-less so. A contestant's sweep is the difference of a longer and a one-sweep fit, divided by the
-sweeps in between; what is left of the short fit is its preparation. Memory is measured apart, in a
-process for each contestant.
+less so. In implicit mode the library implicit sweeps the same ratings, already in its memory.
+A contestant's sweep is the difference of a longer and a one-sweep fit, divided by the sweeps in
+between; what is left of the short fit is its preparation. Memory is measured apart, in a process
+for each contestant.
 """
 
 from __future__ import annotations
@@ -17,23 +19,31 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from unlearn_spark.config import AlsSettings
 
-REG_PARAM = 0.05
+REG_PARAM, ALPHA = 0.05, 10.0
 
 
-def contestants(frame: Any, rank: int) -> dict[str, Callable[[int], float]]:
+def contestants(frame: Any, rank: int, implicit: bool) -> dict[str, Callable[[int], float]]:
     """By name: fits with so many sweeps and returns the seconds."""
     from pyspark.ml.recommendation import ALS as Peer  # noqa: N811
 
     from unlearn_spark.als.training import fit_factors
 
     def ours(sweeps: int) -> float:
-        als = AlsSettings(rank=rank, reg_param=REG_PARAM, max_sweeps=sweeps, tol=1e-12)
+        als = AlsSettings(
+            rank=rank,
+            reg_param=REG_PARAM,
+            implicit_prefs=implicit,
+            alpha=ALPHA,
+            max_sweeps=sweeps,
+            tol=1e-12,
+        )
         fitted = fit_factors(frame, als)
         history = fitted.summary.history
         fitted.release()
@@ -45,6 +55,8 @@ def contestants(frame: Any, rank: int) -> dict[str, Callable[[int], float]]:
             rank=rank,
             maxIter=sweeps,
             regParam=REG_PARAM,
+            implicitPrefs=implicit,
+            alpha=ALPHA,
             userCol="user_id",
             itemCol="item_id",
             ratingCol="rating",
@@ -57,7 +69,17 @@ def contestants(frame: Any, rank: int) -> dict[str, Callable[[int], float]]:
 
         return common.timed(fit)
 
-    return {"ours": ours, "mllib": mllib}
+    fits: dict[str, Callable[[int], float]] = {"ours": ours, "mllib": mllib}
+    if implicit:
+        table = frame.select("user_id", "item_id", "rating").toArrow()
+        u, i = (
+            np.unique(table[name].to_numpy(), return_inverse=True)[1]
+            for name in ("user_id", "item_id")
+        )
+        ratings = (u, i, table["rating"].to_numpy().astype(np.float32))
+        for name, cg in (("library, Cholesky", False), ("library, 3 CG steps", True)):
+            fits[name] = common.library_fit(ratings, rank, REG_PARAM, ALPHA, cg)
+    return fits
 
 
 @click.command()
@@ -67,6 +89,7 @@ def contestants(frame: Any, rank: int) -> dict[str, Callable[[int], float]]:
 @click.option("--rank", default=64)
 @click.option("--rounds", default=3)
 @click.option("--sweeps", default=3, help="More than one, in the longer fit.")
+@click.option("--implicit/--explicit", default=False)
 @click.option("--memory/--no-memory", default=True)
 @click.option("--only", help="Fit this contestant alone, once; for the memory.")
 def main(
@@ -76,13 +99,14 @@ def main(
     rank: int,
     rounds: int,
     sweeps: int,
+    implicit: bool,
     memory: bool,
     only: str | None,
 ) -> None:
     """Print the table and save the raw figures."""
     spark = common.session()
     frame = common.generated(spark, users, items, ratings)
-    fits = contestants(frame, rank)
+    fits = contestants(frame, rank, implicit)
     if only:
         fits[only](1 + sweeps)
         return
@@ -102,20 +126,28 @@ def main(
             "sweep, s": sweep,
             "preparation, s": statistics.median(runs["short"]) - sweep,
         }
-        if memory:
+        if memory and name in ("ours", "mllib"):
             options = {"--users": users, "--items": items, "--ratings": ratings, "--rank": rank}
             command = [sys.executable, __file__, "--only", name]
+            command += ["--implicit" if implicit else "--explicit"]
             command += [str(word) for pair in options.items() for word in pair]
             figures[name]["peak memory, GiB"] = common.peak_memory(command)
-    ratio = {key: figures["mllib"][key] / value for key, value in figures["ours"].items()}
+    ratios = {
+        name: {key: theirs[key] / value for key, value in figures["ours"].items() if key in theirs}
+        for name, theirs in figures.items()
+        if name != "ours"
+    }
     common.table(
-        ["figure", "ours", "MLlib", "MLlib / ours"],
-        [[key, value, figures["mllib"][key], ratio[key]] for key, value in figures["ours"].items()],
+        ["figure", *figures, *[f"{name} / ours" for name in ratios]],
+        [
+            [key, *[found.get(key, "") for found in (*figures.values(), *ratios.values())]]
+            for key in figures["ours"]
+        ],
     )
     data = {"users": users, "items": items, "ratings": ratings, "rank": rank, "rounds": rounds}
     common.save(
-        f"sweep-{ratings}-{rank}",
-        {"data": data, "raw": raw, "figures": figures, "mllib_over_ours": ratio},
+        f"sweep-{'implicit' if implicit else 'explicit'}-{ratings}-{rank}",
+        {"data": data, "raw": raw, "figures": figures, "over_ours": ratios},
     )
 
 

@@ -11,19 +11,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from unlearn_spark.als.blocks import RatingBlock
+from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side
 from unlearn_spark.als.kernel import Objective, relative_residual, row_residuals, solve_rows
+from unlearn_spark.als.solver import Solver
 from unlearn_spark.unlearning import ledger
+from unlearn_spark.unlearning.patch import PatchSide, settle
 
-SIDES = ("user", "item")
 SIZES = {"user": 9, "item": 7}
 RANK = 3
 TAU = 1e-2
 MARK = 0.25 * TAU
-
-
-def other(side):
-    return "item" if side == "user" else "user"
 
 
 @dataclass
@@ -65,10 +62,10 @@ class Model:
             block.indptr,
             block.others,
             block.values,
-            self.factors[other(side)],
+            self.factors[other_side(side)],
             self.factors[side][block.slots],
             self.objective,
-            gram=self.gram(other(side)),
+            gram=self.gram(other_side(side)),
         )
         return block.slots, gradient, b
 
@@ -78,9 +75,9 @@ class Model:
             block.indptr,
             block.others,
             block.values,
-            self.factors[other(side)],
+            self.factors[other_side(side)],
             self.objective,
-            gram=self.gram(other(side)),
+            gram=self.gram(other_side(side)),
         )
         return block, solved.factors
 
@@ -115,8 +112,8 @@ class Model:
 
     def drifted(self, side, change):
         """The Gram matrix of a side changed: every row of the other side may have."""
-        norms = np.linalg.norm(self.factors[other(side)].astype(np.float64), axis=1)
-        self.gradient[other(side)] += ledger.drift(change) * norms
+        norms = np.linalg.norm(self.factors[other_side(side)].astype(np.float64), axis=1)
+        self.gradient[other_side(side)] += ledger.drift(change) * norms
 
     def change(self, removed, added):
         """Take ratings out and put others in, as a night does before its loop."""
@@ -137,7 +134,7 @@ class Model:
                         np.array([pair[1 - at] for pair, _ in mine], np.int64),
                         np.array([value for _, value in mine], np.float32),
                         self.factors[side],
-                        self.factors[other(side)],
+                        self.factors[other_side(side)],
                         self.objective,
                     )
                 )
@@ -151,36 +148,44 @@ class Model:
             if before[side] is not None:
                 self.drifted(side, self.gram(side) - before[side])
 
-    def mend(self):
+    def patch_side(self, side, rows):
+        """Some rows of a side with their ratings; all factors are known."""
+        block = self.block(side, rows)
+        return PatchSide(
+            np.arange(SIZES[side], dtype=np.int32),
+            self.factors[side],
+            block,
+            np.isinf(self.gradient[side][block.slots]),
+        )
+
+    def mend(self, most_turns=200):
         """The frontier loop, and whole sweeps when it takes too long."""
+        looked = {side: set() for side in SIDES}
         for _ in range(40):
-            over = {side: np.flatnonzero(self.bound(side) > TAU) for side in SIDES}
-            if not any(len(rows) for rows in over.values()):
+            over = {side: (self.bound(side) > TAU).any() for side in SIDES}
+            if not any(over.values()):
                 return
-            side = min((s for s in SIDES if len(over[s])), key=lambda s: len(over[s]))
-            active = np.flatnonzero(self.bound(side) > MARK).tolist()
-            slots, gradient, b = self.scan(side, active)
-            needs = slots[relative_residual(gradient, b) > MARK].tolist()
-            self.gradient[side][slots], self.b[side][slots] = gradient, b
-            if needs:
-                before = self.gram(side)
-                block, after = self.solve(side, needs)
-                moved = ledger.moved_terms(
-                    block.indptr,
-                    block.others,
-                    block.values,
-                    self.factors[other(side)],
-                    after,
-                    self.factors[side][block.slots],
-                    self.objective,
-                )
-                self.push(other(side), *moved.norms())
-                self.factors[side][block.slots] = after
-                self.untouched[side] -= set(needs)
-                slots, gradient, b = self.scan(side, needs)
-                self.gradient[side][slots], self.b[side][slots] = gradient, b
-                if before is not None:
-                    self.drifted(side, self.gram(side) - before)
+            marked = {side: set(np.flatnonzero(self.bound(side) > MARK).tolist()) for side in SIDES}
+            rows = {side: looked[side] | (marked[side] if over[side] else set()) for side in SIDES}
+            patch = {side: self.patch_side(side, rows[side]) for side in SIDES}
+            grams = {side: self.gram(side) for side in SIDES}
+            solver = Solver(self.objective, RANK, "float32")
+            settled = settle(solver, patch, MARK, grams, most_turns)
+            for side in SIDES:
+                mine = settled[side]
+                assert not set(mine.push_slots.tolist()) & rows[side]
+                pushed = np.zeros((2, SIZES[side]))
+                pushed[:, mine.push_slots] = mine.push_gradient, mine.push_b
+                self.push(side, *pushed)
+                if self.objective.implicit_prefs:
+                    self.drifted(side, mine.gram_change)
+            for side in SIDES:
+                mine = settled[side]
+                self.factors[side][mine.slots] = mine.factors
+                self.gradient[side][mine.slots] = mine.gradient_norm
+                self.b[side][mine.slots] = mine.b_norm
+                self.untouched[side] -= set(mine.slots[mine.solved].tolist())
+            looked = rows
             self.check()
         self.converge()
         for side in SIDES:

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyspark.sql import functions as F
 
+from unlearn_spark.als.blocks import SIDES, other_side
 from unlearn_spark.als.spark import (
     FACTOR_SCHEMA,
-    SIDES,
     binary_table,
-    other_side,
     part_key,
     part_of,
 )
@@ -124,13 +123,13 @@ def adopt_factors(
             frame.unpersist()
         sweeper = Sweeper(encoded, als, execution, on_sweep, reports)
         # The factors alone: an iterate without history.
-        iterate = parts[encoded.anchor].select("part", "slots", F.col("factors").alias("history"))
+        iterate = parts[encoded.anchor].withColumn("history", F.col("factors"))
         anchor, other, converged = sweeper.run(iterate)
         rows = finish_rows(
             encoded, als, {encoded.anchor: anchor, other_side(encoded.anchor): other}
         )
         worst = max(largest_residual(frame) for frame in rows.values())
-        other.unpersist()
+        sweeper.release()
         objective = reports[-1].objective
     else:
         if math.isinf(before):

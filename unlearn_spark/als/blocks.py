@@ -29,11 +29,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SIDES = ("user", "item")
+"""In the order of every tuple and table that has something for both."""
+
 PIECE_RATINGS = 65_536
 """Ratings in one piece (0.5 MB), so that the largest array in the JVM does not grow with a part."""
 
 CHUNK_RATINGS = 32_768
 """Ratings in one stored chunk: what has to be read to see the ratings of a single row."""
+
+
+def other_side(side: str) -> str:
+    """`item` for `user` and the reverse."""
+    return "item" if side == "user" else "user"
 
 
 @dataclass(frozen=True)
@@ -292,5 +300,5 @@ def _compress(rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.in
 
 def raw(array: NDArray[Any], dtype: type[np.generic]) -> memoryview:
     """The array's little-endian bytes; copied only where not contiguous or of another type."""
-    buffer: Any = np.ascontiguousarray(array, dtype=dtype)
-    return memoryview(buffer).cast("B")
+    buffer: Any = np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8)
+    return memoryview(buffer)

@@ -19,8 +19,9 @@ from pyspark.sql import functions as F
 
 from unlearn_spark.als.acceleration import Accelerator
 from unlearn_spark.als.blocks import RatingBlock, raw, scatter
+from unlearn_spark.als.solver import OtherSide, Solver, mixed, solve_anchor
 from unlearn_spark.als.spark import arrays_of, binary_table
-from unlearn_spark.als.sweep import FACTOR_SCHEMA, OtherSide, Solver, map_rows, mixed, solve_anchor
+from unlearn_spark.als.sweep import FACTOR_SCHEMA, map_rows
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

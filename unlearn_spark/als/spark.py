@@ -20,27 +20,20 @@ PART_SCHEMA = "key int, part int, slots binary, counts binary, others binary, va
 """Pieces of rating parts; `counts` is null in chunks of loose entries, where `slots` has one for
 each rating."""
 
-FACTOR_SCHEMA = "part int, slots binary, factors binary, gram binary, scalar double"
+FACTOR_SCHEMA = "part int, slots binary, factors binary, gram binary, scalar double, missing int"
 """Factor rows of one part: int32 slots, float32 (n, rank) rows, their float64 Gram matrix where
-the objective is implicit, and their share of the penalty on their side."""
+the objective is implicit, their share of the penalty on their side, and 1 where there are no rows
+because the part's ratings were not found (see `local_parts`)."""
 
 _KINDS = {
     "key": pa.int32(),
     "part": pa.int32(),
+    "missing": pa.int32(),
     "scalar": pa.float64(),
     "quadratic": pa.float64(),
     "penalty": pa.float64(),
     "worst": pa.float64(),
 }
-
-
-SIDES = ("user", "item")
-"""In the order of every tuple and table that has something for both."""
-
-
-def other_side(side: str) -> str:
-    """`item` for `user` and the reverse."""
-    return "item" if side == "user" else "user"
 
 
 def arrays_of(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:

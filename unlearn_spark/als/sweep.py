@@ -11,7 +11,6 @@ they are solved for, the residuals and the objective of the iterate come out for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +18,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.acceleration import curvature_weights, history_products, mix
-from unlearn_spark.als.blocks import RatingBlock, chunk_numbers, raw
-from unlearn_spark.als.kernel import Objective, relative_residual, row_residuals, solve_rows
+from unlearn_spark.als.blocks import chunk_numbers, raw
+from unlearn_spark.als.kernel import row_residuals
+from unlearn_spark.als.local_parts import PartReader
+from unlearn_spark.als.solver import OtherSide, Solver, mixed, solve_anchor
 from unlearn_spark.als.spark import (
     FACTOR_SCHEMA,
     arrays_of,
@@ -38,11 +38,17 @@ if TYPE_CHECKING:
 
 STATE_SCHEMA = (
     "part int, slots binary, history binary, quadratic double, penalty double, "
-    "worst double, products binary"
+    "worst double, products binary, missing int"
 )
 """The anchor's part after a sweep. `history` is float32 (2h, n, rank): g and f = g - y of the
 newest sweep, then of the one before, and so on. `quadratic` and `penalty` add up to the objective,
-`worst` is the largest residual of y, `products` the part's share of the acceleration's matrix."""
+`worst` is the largest residual of y, `products` the part's share of the acceleration's matrix,
+`missing` the number of parts, this and the other side's, whose ratings were not found: then the
+other columns mean nothing."""
+
+ITERATE_SCHEMA = f"{FACTOR_SCHEMA}, history binary"
+"""The anchor's part before a sweep: y, and as `history` float32 (1 + 2h, n, rank) y again with the
+(g, f) pairs that stay."""
 
 ROW_SCHEMA = (
     "slot int, n_ratings int, chunk int, gradient_norm double, b_norm double, "
@@ -51,152 +57,8 @@ ROW_SCHEMA = (
 """Finished factor rows with the evidence about them."""
 
 
-@dataclass(frozen=True)
-class Solver:
-    """What a worker needs to solve rows; small and picklable."""
-
-    objective: Objective
-    rank: int
-    dtype: str
-
-    def solve(
-        self, ratings: RatingBlock, other: OtherSide, warm: NDArray[np.float32] | None
-    ) -> Any:
-        """`kernel.solve_rows` with this solver's settings."""
-        return solve_rows(
-            ratings.indptr,
-            ratings.others,
-            ratings.values,
-            other.dense,
-            self.objective,
-            gram=other.gram,
-            warm=warm,
-            active=None,
-            dtype=np.float64 if self.dtype == "float64" else np.float32,
-        )
-
-    def penalty(self, ratings: RatingBlock, factors: NDArray[np.float32]) -> float:
-        """lambda * sum n |x|^2, the part of the objective that the other side cannot see."""
-        if self.objective.implicit_prefs:
-            positive = np.concatenate([[0], np.cumsum(ratings.values > 0)])
-            counts = np.diff(positive[ratings.indptr])
-        else:
-            counts = np.diff(ratings.indptr)
-        squares = np.einsum("ij,ij->i", factors, factors, dtype=np.float64)
-        return float(self.objective.reg_param * (counts @ squares))
-
-    def constant(self, ratings: RatingBlock) -> float:
-        """The objective's term without factors, summed over these rows."""
-        values = ratings.values.astype(np.float64)
-        if self.objective.implicit_prefs:
-            positive = values[values > 0]
-            return float(len(positive) + self.objective.alpha * positive.sum())
-        return float(values @ values)
-
-    def gram(self, factors: NDArray[np.float32]) -> bytes | None:
-        """Y'Y in float64, where the objective needs it."""
-        if not self.objective.implicit_prefs:
-            return None
-        wide = factors.astype(np.float64)
-        return (wide.T @ wide).tobytes()
-
-    def factor_row(
-        self, part: int, slots: NDArray[np.int32], factors: NDArray[np.float32], scalar: float
-    ) -> dict[str, Any]:
-        """One row of `FACTOR_SCHEMA`."""
-        return {
-            "part": part,
-            "slots": raw(slots, np.int32),
-            "factors": raw(factors, np.float32),
-            "gram": self.gram(factors),
-            "scalar": scalar,
-        }
-
-
-@dataclass(frozen=True)
-class OtherSide:
-    """The other side's factors as a part sees them.
-
-    Attributes
-    ----------
-    dense : float32 (n_slots, rank)
-    gram : float64 (rank, rank) or None
-    penalty
-        Sum of the senders' scalars.
-    """
-
-    dense: NDArray[np.float32]
-    gram: NDArray[np.float64] | None
-    penalty: float
-
-    @classmethod
-    def from_messages(cls, messages: list[dict[str, Any]], rank: int, n_slots: int) -> OtherSide:
-        messages = [row for row in messages if not row.get("own", False)]
-        messages.sort(key=lambda row: row["part"])  # one order of every sum
-        dense = np.zeros((n_slots, rank), np.float32)
-        gram: NDArray[np.float64] | None = None
-        for row in messages:
-            slots = np.frombuffer(row["slots"], np.int32)
-            dense[slots] = np.frombuffer(row["factors"], np.float32).reshape(-1, rank)
-            if row["gram"] is not None:
-                share = np.frombuffer(row["gram"], np.float64).reshape(rank, rank)
-                gram = share.copy() if gram is None else gram + share
-        return cls(dense, gram, float(sum(row["scalar"] for row in messages)))
-
-
-@dataclass(frozen=True)
-class AnchorSweep:
-    """What solving the anchor's rows found.
-
-    Attributes
-    ----------
-    history : float32 (2h, n, rank)
-        g and f = g - y of this sweep, then of the one before, and so on.
-    quadratic, penalty
-        These rows' share of the objective without the anchor's penalty, and the other side's.
-    worst
-        Largest relative residual of y.
-    products : float64 (h, h)
-        These rows' share of the acceleration's matrix.
-    """
-
-    history: NDArray[np.float32]
-    quadratic: float
-    penalty: float
-    worst: float
-    products: NDArray[np.float64]
-
-
-def solve_anchor(
-    solver: Solver, ratings: RatingBlock, seen: OtherSide, stack: NDArray[np.float32]
-) -> AnchorSweep:
-    """Solve the anchor's rows; `stack` float32 (1 + 2h, n, rank) is y and the earlier history."""
-    y, past = stack[0], stack[1:]
-    solved = solver.solve(ratings, seen, y)
-    history = np.concatenate([solved.factors[None], (solved.factors - y)[None], past])
-    worst = relative_residual(solved.gradient_norm, solved.b_norm)
-    return AnchorSweep(
-        history,
-        solver.constant(ratings) + solved.quadratic,
-        seen.penalty,
-        float(worst.max(initial=0.0)),
-        history_products(list(history[1::2]), curvature_weights(solved.gradient_norm, history[1])),
-    )
-
-
-def mixed(
-    history: NDArray[np.float32],
-    weights: Sequence[float],
-    keep: int,
-    drop_newest: bool,
-    nonnegative: bool,
-) -> NDArray[np.float32]:
-    """The next stack from a history, see `next_iterate`."""
-    y = mix(list(history[0::2]), weights)
-    if nonnegative:
-        y = np.maximum(y, 0)  # weights may be negative
-    first = 2 if drop_newest else 0
-    return np.concatenate([y[None], history[first : first + 2 * keep]])
+SENT = PartReader()
+"""Ratings come along, and are not kept."""
 
 
 def deliver(to: SideLayout, other: DataFrame, own: DataFrame | None = None) -> DataFrame:
@@ -218,27 +80,36 @@ def deliver(to: SideLayout, other: DataFrame, own: DataFrame | None = None) -> D
             "own": F.lit(True),
             "gram": F.lit(None).cast("binary"),
             "scalar": F.lit(0.0),
+            "missing": F.lit(0),
         }
         messages = messages.unionByName(own.withColumns(mine).select(columns))
     return messages.repartition(to.n_parts, "key")
 
 
 def solve_side(
-    solver: Solver, parts: DataFrame, layout: SideLayout, other: DataFrame, other_slots: int
+    solver: Solver,
+    parts: DataFrame,
+    layout: SideLayout,
+    other: DataFrame,
+    other_slots: int,
+    reader: PartReader = SENT,
 ) -> DataFrame:
     """New factors (`FACTOR_SCHEMA`) of one side from the factors of the other."""
 
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return _empty(FACTOR_KINDS)
-        part, ratings = part_of(left)
+        part, ratings = reader.read(left)
+        if ratings is None:
+            return binary_table([solver.missing_row(part)])
         seen = OtherSide.from_messages(arrays_of(right), solver.rank, other_slots)
         factors = solver.solve(ratings, seen, None).factors
         penalty = solver.penalty(ratings, factors)
         return binary_table([solver.factor_row(part, ratings.slots, factors, penalty)])
 
     return (
-        parts.groupBy("key")
+        reader.ask(parts)
+        .groupBy("key")
         .cogroup(deliver(layout, other).groupBy("key"))
         .applyInArrow(solve, FACTOR_SCHEMA)
     )
@@ -251,6 +122,7 @@ def sweep_anchor(
     other: DataFrame,
     other_slots: int,
     iterate: DataFrame,
+    reader: PartReader = SENT,
 ) -> DataFrame:
     """The anchor's next state (`STATE_SCHEMA`) from its iterate and the other side's factors.
 
@@ -262,7 +134,9 @@ def sweep_anchor(
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return _empty(STATE_KINDS)
-        part, ratings = part_of(left)
+        part, ratings = reader.read(left)
+        if ratings is None:
+            return binary_table([missing_state(part)])
         received = arrays_of(right)
         own = next(message for message in received if message["own"])
         seen = OtherSide.from_messages(received, solver.rank, other_slots)
@@ -278,11 +152,24 @@ def sweep_anchor(
                     "penalty": found.penalty,
                     "worst": found.worst,
                     "products": found.products.tobytes(),
+                    "missing": seen.missing,
                 }
             ]
         )
 
-    return parts.groupBy("key").cogroup(messages.groupBy("key")).applyInArrow(solve, STATE_SCHEMA)
+    return (
+        reader.ask(parts)
+        .groupBy("key")
+        .cogroup(messages.groupBy("key"))
+        .applyInArrow(solve, STATE_SCHEMA)
+    )
+
+
+def missing_state(part: int) -> dict[str, Any]:
+    """A row of `STATE_SCHEMA` for a part without its ratings."""
+    arrays = dict.fromkeys(("slots", "history", "products"), b"")
+    row = {**arrays, "part": part, "quadratic": 0.0, "penalty": 0.0, "worst": 0.0, "missing": 1}
+    return {name: row[name] for name in STATE_KINDS}
 
 
 def next_iterate(
@@ -292,7 +179,7 @@ def next_iterate(
     keep: int,
     drop_newest: bool = False,
 ) -> DataFrame:
-    """The anchor's next iterate: a mixture of its stored sweeps.
+    """The anchor's next iterate (`ITERATE_SCHEMA`): a mixture of its stored sweeps.
 
     Parameters
     ----------
@@ -302,11 +189,6 @@ def next_iterate(
         How many (g, f) pairs stay in the history.
     drop_newest
         Leave the newest pair out before that: its iterate was rejected.
-
-    Returns
-    -------
-    DataFrame
-        part, slots, history: float32 (1 + 2 keep, n, rank), first y, then the pairs.
     """
     rank, nonnegative = solver.rank, solver.objective.nonnegative
 
@@ -314,21 +196,21 @@ def next_iterate(
         n = len(rows["slots"]) // 4
         history = np.frombuffer(rows["history"], np.float32).reshape(-1, n, rank)
         stack = mixed(history, weights, keep, drop_newest, nonnegative)
-        return {"part": rows["part"], "slots": rows["slots"], "history": raw(stack, np.float32)}
+        return iterate_row(solver, rows["part"], np.frombuffer(rows["slots"], np.int32), stack)
 
-    return map_rows(state, combine, "part int, slots binary, history binary")
+    return map_rows(state, combine, ITERATE_SCHEMA)
 
 
-def factors_of(solver: Solver, iterate: DataFrame) -> DataFrame:
+def iterate_row(
+    solver: Solver, part: int, slots: NDArray[np.int32], stack: NDArray[np.float32]
+) -> dict[str, Any]:
+    """A row of `ITERATE_SCHEMA` from y and its history, float32 (1 + 2h, n, rank)."""
+    return {**solver.factor_row(part, slots, stack[0], 0.0), "history": raw(stack, np.float32)}
+
+
+def factors_of(iterate: DataFrame) -> DataFrame:
     """The iterate's y as factor parts (`FACTOR_SCHEMA`)."""
-
-    def first(row: dict[str, Any]) -> dict[str, Any]:
-        slots = np.frombuffer(row["slots"], np.int32)
-        size = len(slots) * solver.rank
-        y = np.frombuffer(row["history"], np.float32)[:size].reshape(len(slots), solver.rank)
-        return solver.factor_row(row["part"], slots, y, 0.0)
-
-    return map_rows(iterate, first, FACTOR_SCHEMA)
+    return iterate.select(*FACTOR_KINDS)
 
 
 def finish_side(
@@ -393,6 +275,7 @@ FACTOR_KINDS = {
     "factors": pa.binary(),
     "gram": pa.binary(),
     "scalar": pa.float64(),
+    "missing": pa.int32(),
 }
 STATE_KINDS = {
     "part": pa.int32(),
@@ -402,6 +285,7 @@ STATE_KINDS = {
     "penalty": pa.float64(),
     "worst": pa.float64(),
     "products": pa.binary(),
+    "missing": pa.int32(),
 }
 ROW_KINDS = {
     "slot": pa.int32(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,24 +16,25 @@ from pyspark.sql import functions as F
 
 from unlearn_spark.als import encoding
 from unlearn_spark.als.acceleration import Accelerator
-from unlearn_spark.als.blocks import raw
+from unlearn_spark.als.blocks import SIDES, other_side
 from unlearn_spark.als.burst import CONVERGED, GOING_ON, Limits, burst, results_of
 from unlearn_spark.als.encoding import SideLayout
 from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.kernel import Objective
+from unlearn_spark.als.local_parts import PartReader, drop
+from unlearn_spark.als.solver import Solver
 from unlearn_spark.als.spark import (
-    SIDES,
     batches_by_rows,
     binary_table,
     materialise,
     matrix_of,
-    other_side,
     session_parallelism,
 )
 from unlearn_spark.als.sweep import (
-    Solver,
+    ITERATE_SCHEMA,
     factors_of,
     finish_side,
+    iterate_row,
     next_iterate,
     solve_side,
     sweep_anchor,
@@ -42,7 +44,12 @@ from unlearn_spark.errors import InputError
 from unlearn_spark.tables.factors import bound_expression
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+    from pyspark.sql import Column, DataFrame, Row
+
+
+MOST_MISSED = 3
+"""Sweeps that did not find their ratings where they had been sent; after these they are always
+sent."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +142,15 @@ class Encoded:
         By side: rating parts, cached and placed.
     n_ratings
         Over all.
+    token
+        Names the files in which workers keep the parts.
     """
 
     layouts: dict[str, SideLayout]
     dictionaries: dict[str, DataFrame]
     parts: dict[str, DataFrame]
     n_ratings: int
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def anchor(self) -> str:
@@ -148,8 +158,15 @@ class Encoded:
         users, items = self.layouts["user"], self.layouts["item"]
         return "user" if users.n_rows < items.n_rows else "item"
 
+    @property
+    def fits_one_task(self) -> bool:
+        """Are the ratings so few that a single task sweeps them?"""
+        return all(layout.n_parts == 1 for layout in self.layouts.values())
+
     def release(self) -> None:
-        """Drop the caches."""
+        """Drop the caches and the workers' files."""
+        if not self.fits_one_task:
+            drop([frame.select("key") for frame in self.parts.values()], self.token)
         for frame in (*self.parts.values(), *self.dictionaries.values()):
             frame.unpersist()
 
@@ -249,7 +266,7 @@ def encode_ratings(
     return Encoded(layouts, dictionaries, {"user": user_parts, "item": item_parts}, n_ratings)
 
 
-def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str, tuple[int, ...]]:
+def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str, tuple[Any, ...]]:
     """Aggregates of the frames of both sides, by one job and one row."""
     users, items = (frames[side].agg(*aggregates) for side in SIDES)
     row = users.crossJoin(items).first()
@@ -260,11 +277,11 @@ def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str
 def start_iterate(
     encoded: Encoded, settings: AlsSettings, warm: DataFrame | None = None
 ) -> DataFrame:
-    """The anchor's first iterate: factors of `warm` (id, factors) where it has them.
+    """The anchor's first iterate (`ITERATE_SCHEMA`): the factors of `warm` (id, factors).
 
     Rows that it does not have start where a fresh training starts them: by (seed, side, id).
     """
-    side = encoded.anchor
+    side, solver = encoded.anchor, solver_of(settings)
     layout = encoded.layouts[side]
     rows = encoded.dictionaries[side].withColumn("hash", F.xxhash64("id"))
     if warm is not None:
@@ -279,17 +296,9 @@ def start_iterate(
         table = table.sort_by("slot")
         slots = table["slot"].to_numpy().astype(np.int32)
         y = starting_rows(table, settings, side)
-        return binary_table(
-            [
-                {
-                    "part": table["part"][0].as_py(),
-                    "slots": raw(slots, np.int32),
-                    "history": raw(y, np.float32),
-                }
-            ]
-        )
+        return binary_table([iterate_row(solver, table["part"][0].as_py(), slots, y[None])])
 
-    return rows.groupBy("part").applyInArrow(start, "part int, slots binary, history binary")
+    return rows.groupBy("part").applyInArrow(start, ITERATE_SCHEMA)
 
 
 def starting_rows(table: pa.Table, settings: AlsSettings, side: str) -> NDArray[np.float32]:
@@ -313,6 +322,7 @@ class Sweeper:
     execution: ExecutionSettings
     on_sweep: Callable[[SweepReport], None] | None = None
     reports: list[SweepReport] = field(default_factory=list)
+    held: list[DataFrame] = field(default_factory=list)
 
     def run(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
         """Sweep to tolerance or to the cap.
@@ -320,25 +330,23 @@ class Sweeper:
         Returns
         -------
         anchor, other : DataFrame
-            Factor parts (`FACTOR_SCHEMA`) of the two sides; `other` is cached.
+            Factor parts (`FACTOR_SCHEMA`) of the two sides, cached until `release`.
         converged : bool
         """
-        if all(layout.n_parts == 1 for layout in self.encoded.layouts.values()):
+        if self.encoded.fits_one_task:
             return self._run_in_bursts(iterate)
-        encoded, solver = self.encoded, solver_of(self.settings)
-        anchor, side = encoded.layouts[encoded.anchor], other_side(encoded.anchor)
-        parts, layout = encoded.parts[side], encoded.layouts[side]
+        solver = solver_of(self.settings)
         accelerator = Accelerator(self.settings.memory)
-        held: list[DataFrame] = []
+        sent, missed = True, 0
         for number in range(1, self.settings.max_sweeps + 1):
             started = time.perf_counter()
-            y = factors_of(solver, iterate)
-            other = solve_side(solver, parts, layout, y, anchor.n_slots).persist()
-            swept = sweep_anchor(
-                solver, encoded.parts[encoded.anchor], anchor, other, layout.n_slots, iterate
-            )
-            state = materialise(swept, self.execution.checkpoint)
-            scalars = state.select("quadratic", "penalty", "worst", "products").collect()
+            before, self.held = self.held, [iterate.persist()]
+            y = factors_of(iterate)
+            other, state, scalars = self._sweep(y, iterate, sent)
+            sent = missed >= MOST_MISSED
+            if any(row["missing"] for row in scalars):
+                other, state, scalars = self._sweep(y, iterate, True)
+                missed += 1
             objective = math.fsum(row["quadratic"] for row in scalars) + scalars[0]["penalty"]
             worst = max(row["worst"] for row in scalars)
             products = np.sum([np.frombuffer(row["products"]) for row in scalars], axis=0)
@@ -350,12 +358,37 @@ class Sweeper:
             if number == self.settings.max_sweeps:
                 # The cap: the newest plain half-sweep is the better of the two anchors.
                 plain = [1.0] + [0.0] * (size - 1)
-                return factors_of(solver, next_iterate(solver, state, plain, 0)), other, False
-            iterate = next_iterate(solver, state, step.weights, step.keep, step.drop_newest)
-            for frame in held:
+                return factors_of(next_iterate(solver, state, plain, 0)), other, False
+            for frame in before:  # what the next iterate stands on is computed
                 frame.unpersist()
-            held = [other, state]
+            iterate = next_iterate(solver, state, step.weights, step.keep, step.drop_newest)
         raise AssertionError("max_sweeps is at least 1")
+
+    def _sweep(
+        self, y: DataFrame, iterate: DataFrame, sent: bool
+    ) -> tuple[DataFrame, DataFrame, list[Row]]:
+        """The other side, the anchor's state, and the scalars of that; the ratings are sent along
+        or looked for where they were sent before."""
+        encoded, solver, side = self.encoded, solver_of(self.settings), self.encoded.anchor
+        parts, layouts = encoded.parts, encoded.layouts
+        readers = {name: PartReader(encoded.token, name, sent) for name in SIDES}
+        against = other_side(side)
+        other = solve_side(
+            solver, parts[against], layouts[against], y, layouts[side].n_slots, readers[against]
+        ).persist()
+        swept = sweep_anchor(
+            solver,
+            parts[side],
+            layouts[side],
+            other,
+            layouts[against].n_slots,
+            iterate,
+            readers[side],
+        )
+        state = materialise(swept, self.execution.checkpoint)
+        self.held += [other, state]
+        names = ("quadratic", "penalty", "worst", "products", "missing")
+        return other, state, state.select(*names).collect()
 
     def _run_in_bursts(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
         """The same for ratings that fit one task, without a Spark job for every sweep."""
@@ -376,8 +409,14 @@ class Sweeper:
             for objective, worst, seconds in np.frombuffer(row["reports"]).reshape(-1, 3):
                 self._report(len(self.reports) + 1, float(objective), float(worst), float(seconds))
             if row["state"] != GOING_ON:
-                anchor, other = results_of(solver, state)
-                return anchor, other.persist(), row["state"] == CONVERGED
+                anchor, other = (frame.persist() for frame in results_of(solver, state))
+                self.held = [anchor, other]
+                return anchor, other, row["state"] == CONVERGED
+
+    def release(self) -> None:
+        """Drop the caches that the results stand on."""
+        for frame in self.held:
+            frame.unpersist()
 
     def _report(self, number: int, objective: float, worst: float, seconds: float) -> None:
         eta = None
@@ -461,7 +500,7 @@ def fit_factors(
     summary = TrainingSummary.of(
         encoded, reports, converged, reports[-1].objective, worst, started, encode_seconds
     )
-    other.unpersist()
+    sweeper.release()
     return FitResult(rows, encoded, summary)
 
 

@@ -164,19 +164,18 @@ def publish(store: Store, model: ModelVersion) -> ModelVersion:
     row = store.spark.createDataFrame([model.to_values()], SPEC.schema)
     # A merge without a partition predicate conflicts with every concurrent commit, and one that
     # committed before is found by its condition: of two racing publishers one must lose.
-    store.merge(
+    inserted = store.merge(
         TABLE,
         row,
         "t.model_version >= s.model_version",
         ["WHEN NOT MATCHED THEN INSERT *"],
     )
-    visible = published(store, model.model_version)
-    if visible.run_id != model.run_id:
+    if not inserted:
         raise ConflictError(
             f"model version {model.model_version} was published by another job meanwhile; "
             "run this job again"
         )
-    return visible
+    return model
 
 
 def read_factors(store: Store, model: ModelVersion) -> tuple[DataFrame, DataFrame]:

@@ -190,7 +190,8 @@ def delete(store: Store, pairs: DataFrame) -> int:
     keyed = keyed.select(*_places(F.col("user_id"), user_blocks(store)), "user_id", "item_id")
     condition = _pair_condition(_near(keyed, "t."))
     # Without the hint all ratings of those blocks would be sorted to meet the few pairs.
-    return store.merge(TABLE, F.broadcast(keyed), condition, ["WHEN MATCHED THEN DELETE"])
+    store.merge(TABLE, F.broadcast(keyed), condition, ["WHEN MATCHED THEN DELETE"])
+    return store.version(TABLE)
 
 
 def _pair_condition(near: str | None) -> str:
@@ -374,7 +375,7 @@ def _upsert(
     blocks = (
         None
         if n_blocks <= 4
-        else _few(good.select(*_places(F.col("user_id"), n_blocks)), "user_block")
+        else _few(good.select(*_places(F.col("user_id"), n_blocks)), "user_block")["user_block"]
     )
     changes = _changes(newest, read(store, version), blocks)
     changes = changes.withColumn("ingest_id", F.lit(ingest_id).cast("bigint"))
@@ -385,7 +386,7 @@ def _upsert(
             return 0, version
         updated = ("rating", "rated_at", "ingest_id")
         # A merge even where all pairs are new: a blind append would not see a concurrent ingest.
-        version = store.merge(
+        store.merge(
             TABLE,
             changes,
             _pair_condition(_near(changes, "t.")),
@@ -397,7 +398,7 @@ def _upsert(
         )
     finally:
         changes.unpersist()
-    return written, version
+    return written, store.version(TABLE)
 
 
 def _changes(newest: DataFrame, table: DataFrame, blocks: Sequence[int] | None) -> DataFrame:
@@ -467,15 +468,20 @@ def _near(rows: DataFrame, prefix: str = "") -> str | None:
     None where they are so many that it would skip little.
     """
     terms = []
-    for column in ("user_block", "user_key"):
-        found = _few(rows, column)
+    for column, found in _few(rows, "user_block", "user_key").items():
         if found is not None:
             listed = ", ".join(map(str, found))
             terms.append(f"{prefix}{column} IN ({listed})" if listed else "false")
     return " AND ".join(terms) or None
 
 
-def _few(rows: DataFrame, column: str) -> list[int] | None:
-    """The distinct values of an int column, or None when they are too many to help."""
-    found = rows.select(column).distinct().limit(_PRUNING_LIMIT + 1).collect()
-    return sorted(row[0] for row in found) if len(found) <= _PRUNING_LIMIT else None
+def _few(rows: DataFrame, *columns: str) -> dict[str, list[int] | None]:
+    """The distinct values of int columns, or None when they are too many to help."""
+    values = [F.collect_set(column) for column in columns]
+    few = [F.when(F.size(found) <= _PRUNING_LIMIT, found) for found in values]
+    row = rows.agg(*few).first()
+    assert row is not None
+    return {
+        name: None if found is None else sorted(found)
+        for name, found in zip(columns, row, strict=True)
+    }

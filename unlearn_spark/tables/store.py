@@ -246,19 +246,21 @@ class Store:
         """`MERGE INTO table AS t USING source AS s ON condition clauses...` in SQL.
 
         Only column names belong in the condition: Delta writes its text into the log.
-        Returns the newest version afterwards (a merge that changes nothing makes none).
+        Returns how many rows were inserted, updated or deleted; a merge that changes nothing
+        makes no version.
         """
         view = f"merge_source_{uuid.uuid4().hex}"
         source.createOrReplaceTempView(view)
         try:
             with self._explained(table):
-                self.spark.sql(
+                row = self.spark.sql(
                     f"MERGE INTO {self.name(table)} AS t USING {view} AS s ON {condition} "
                     + " ".join(clauses)
-                ).collect()
+                ).first()
         finally:
             self.spark.catalog.dropTempView(view)
-        return self.version(table)
+        assert row is not None
+        return int(row["num_affected_rows"])
 
     def restore(self, table: str, version: int) -> int:
         """Make an earlier version the current one, by a commit that copies no data.

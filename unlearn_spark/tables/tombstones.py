@@ -139,9 +139,8 @@ def _append(store: Store, accepted: DataFrame) -> int:
     accepted = accepted.withColumn("requested_at", F.coalesce("requested_at", now))
     accepted = accepted.withColumn("accepted_at", now).select(*SPEC.schema.names)
     # A merge that only inserts: a blind append would not see what a concurrent job accepted.
-    return store.merge(
-        TABLE, accepted, "t.request_id = s.request_id", ["WHEN NOT MATCHED THEN INSERT *"]
-    )
+    store.merge(TABLE, accepted, "t.request_id = s.request_id", ["WHEN NOT MATCHED THEN INSERT *"])
+    return store.version(TABLE)
 
 
 def _sort_out(good: DataFrame, known: DataFrame) -> DataFrame:

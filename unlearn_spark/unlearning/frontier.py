@@ -1,8 +1,8 @@
 """The frontier loop: re-solve what a change disturbed, then what that disturbed, until quiet.
 
-    changes --push--> ledger --rows over tau--> re-solve --push--> ledger of the other side
-                        ^                                               |
-                        +-----------------------------------------------+
+    changes --push--> ledger --rows over tau--> patch: re-solve --push--> ledger outside of it
+                        ^                                                        |
+                        +--------------------------------------------------------+
 
 Every factor row carries an upper bound of its residual. When no bound exceeds tau, every row of
 both sides solves its retained ratings' equations to tau, and nothing else has to be read to know
@@ -23,28 +23,25 @@ import pyarrow.compute
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import RatingBlock, concatenate, raw
-from unlearn_spark.als.kernel import relative_residual, row_residuals, solve_rows
+from unlearn_spark.als.blocks import SIDES, RatingBlock, concatenate, other_side
 from unlearn_spark.als.spark import (
     PART_SCHEMA,
-    SIDES,
     arrays_of,
     balanced_keys,
     binary_table,
     list_column,
     materialise,
     matrix_of,
-    other_side,
     part_key,
-    part_of,
 )
 from unlearn_spark.tables.factors import bound_expression
-from unlearn_spark.unlearning.ledger import drift, gram, moved_terms, rating_terms
+from unlearn_spark.unlearning.ledger import drift, rating_terms
+from unlearn_spark.unlearning.patch import PatchSide, settle
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+    from pyspark.sql import Column, DataFrame, Row
 
-    from unlearn_spark.als.sweep import Solver
+    from unlearn_spark.als.solver import Solver
     from unlearn_spark.config import ExecutionSettings, UnlearnSettings
 
 
@@ -57,22 +54,32 @@ LEDGER_COLUMNS = (
     "gradient_norm",
     "b_norm",
     "factor_norm",
+    "looked",
+    "solved",
 )
+"""`looked`: the last round looked at the row, and was small enough for that to be of use.
+`solved`: the row was re-solved tonight."""
 
 _LOADED = (
     "key int, slots binary, counts binary, others binary, values binary, "
     "slot int, other int, value float, change int, seq long"
 )
-_SOLVED = (
-    "slots binary, factors binary, gradient_norms binary, b_norms binary, solved binary, "
-    "push_slots binary, push_gradients binary, push_bs binary, gram_change binary, "
-    "n_solved long, n_ratings long, scanned_ratings long"
+_SETTLED = (
+    "side string, slots binary, factors binary, gradient_norm binary, b_norm binary, "
+    "solved binary, push_slots binary, push_gradient binary, push_b binary, gram_change binary, "
+    "solved_rows long, solved_ratings long, scanned_ratings long"
 )
+"""`patch.SettledSide`, a row for each part and side."""
+
+_SETTLED_KINDS = {
+    name: {"string": pa.string(), "long": pa.int64(), "binary": pa.binary()}[kind]
+    for name, kind in (field.split() for field in _SETTLED.split(", "))
+}
 _FACTOR_ROWS = (
-    "slot int, factors array<float>, gradient_norm double, b_norm double, factor_norm double, "
-    "solved boolean"
+    "side string, slot int, factors array<float>, gradient_norm double, b_norm double, "
+    "factor_norm double, solved boolean"
 )
-_PUSHES = "slot int, gradient double, b double"
+_PUSHES = "side string, slot int, gradient double, b double"
 
 
 Places = Sequence[tuple[int, int]]
@@ -90,6 +97,29 @@ MOST_MOVED = 8
 BROADCAST_ROWS = 1_000_000
 """Up to this many small rows are sent to every executor instead of shuffling factors."""
 
+PATCH_RATINGS = 1_000_000
+"""Up to so many ratings a round takes what the round before looked at along with what is over the
+mark: the two may pull at each other."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Rows of one side that a round may look at.
+
+    Attributes
+    ----------
+    rows
+        Which ledger entries.
+    ratings
+        How many they have.
+    places
+        Chunks in which they lie; None: too many to list.
+    """
+
+    rows: Column
+    ratings: int
+    places: Places | None
+
 
 @dataclass(frozen=True)
 class SideState:
@@ -99,18 +129,25 @@ class SideState:
     ----------
     over
         Rows whose bound exceeds tau.
-    ratings
-        Ratings of the rows whose bound exceeds the lower mark.
     worst
         The largest bound.
-    places
-        Chunks in which those rows lie; None: too many to list.
+    solved, solved_blocks
+        Rows that were re-solved tonight, and the blocks in which they lie.
+    marked
+        The rows over the lower mark.
+    looked
+        The rows that the last round looked at.
+    either
+        Both.
     """
 
     over: int
-    ratings: int
     worst: float
-    places: Places | None
+    solved: int
+    solved_blocks: Sequence[int]
+    marked: Choice
+    looked: Choice
+    either: Choice
 
 
 @dataclass
@@ -307,7 +344,7 @@ class Frontier:
             )
 
         both = parts[0].unionByName(parts[1]).withColumn("key", F.pmod("slot", F.lit(64)))
-        pushes = both.groupBy("side", "key").applyInArrow(push, "side string, " + _PUSHES)
+        pushes = both.groupBy("side", "key").applyInArrow(push, _PUSHES)
         self.ledger = self._checkpoint(
             self._pushed(
                 self.ledger,
@@ -341,133 +378,177 @@ class Frontier:
         if force:
             grown = F.when(F.col("gradient").isNotNull(), F.lit(float("inf"))).otherwise(grown)
         return ledger.join(sums, ["side", "slot"], "left").select(
-            *[c for c in LEDGER_COLUMNS if c not in ("gradient_norm", "b_norm", "factor_norm")],
+            *[name for name in LEDGER_COLUMNS if name not in ("gradient_norm", "b_norm")],
             grown.alias("gradient_norm"),
             F.greatest(F.col("b_norm") - F.coalesce("b", F.lit(0.0)), F.lit(0.0)).alias("b_norm"),
-            "factor_norm",
         )
 
-    def run(self) -> float | None:
-        """Rounds until no bound exceeds tau; returns the largest, or None when the loop is not the
-        cheaper way."""
+    def run(self) -> dict[str, SideState] | None:
+        """Rounds until no bound exceeds tau; returns how the sides stand then, or None when the
+        loop is not the cheaper way."""
         while True:
             state = self.summary()
-            over = {side: state[side] for side in SIDES if state[side].over}
+            over = {side: state[side].over for side in SIDES if state[side].over}
             if not over:
-                return max(state[side].worst for side in SIDES)
+                return state
             if self.rounds >= self.settings.max_rounds or self.work.sweeps > MOST_SWEEPS:
                 return None
-            # The side with less to do first: its rows often quieten the other.
-            side = min(over, key=lambda name: over[name].ratings)
-            self.rounds += 1
-            self.resolve(side, over[side])
+            self.resolve(self._patch(state))
+            rows = " and ".join(f"{n} {side}" for side, n in over.items())
+            worst = max(state[side].worst for side in SIDES)
             self.progress(
-                f"round {self.rounds}: {over[side].over} {side} rows over tau, "
-                f"largest bound {over[side].worst:.1e}; {self.work.sweeps:.3f} sweeps so far"
+                f"round {self.rounds}: {rows} rows over tau, largest bound {worst:.1e}; "
+                f"{self.work.sweeps:.3f} sweeps so far"
             )
 
     def summary(self) -> dict[str, SideState]:
         """How each side stands."""
-        tau = self.settings.tau
         marked = bound_expression() > self.settings.mark
-        place = F.when(marked & (F.col("chunk") >= 0), F.struct("block", "chunk"))
-        rows = (
-            self.ledger.groupBy("side")
-            .agg(
-                F.count_if(bound_expression() > tau).alias("over"),
-                F.coalesce(F.sum(F.when(marked, F.col("n_ratings"))), F.lit(0)).alias("ratings"),
-                F.coalesce(F.max(bound_expression()), F.lit(0.0)).alias("worst"),
-                F.collect_set(place).alias("places"),
-            )
-            .withColumn("places", F.when(F.size("places") <= MOST_PLACES, F.col("places")))
-            .collect()
-        )
-        found = {
-            row["side"]: SideState(
-                row["over"],
-                row["ratings"],
-                row["worst"],
-                None if row["places"] is None else [tuple(place) for place in row["places"]],
-            )
-            for row in rows
-        }
-        return {side: found.get(side, SideState(0, 0, 0.0, [])) for side in SIDES}
+        choices = {"marked": marked, "looked": F.col("looked"), "either": marked | F.col("looked")}
+        aggregates = [
+            F.count_if(bound_expression() > self.settings.tau).alias("over"),
+            F.coalesce(F.max(bound_expression()), F.lit(0.0)).alias("worst"),
+            F.count_if("solved").alias("solved"),
+            F.collect_set(F.when(F.col("solved"), F.col("block"))).alias("solved_blocks"),
+        ]
+        for name, these in choices.items():
+            place = F.when(these & (F.col("chunk") >= 0), F.struct("block", "chunk"))
+            places = F.collect_set(place)
+            count = F.coalesce(F.sum(F.when(these, F.col("n_ratings"))), F.lit(0))
+            some = F.when(F.size(places) <= MOST_PLACES, places)
+            aggregates.append(F.struct(count.alias("n"), some.alias("places")).alias(name))
+        found = {row["side"]: row for row in self.ledger.groupBy("side").agg(*aggregates).collect()}
 
-    def resolve(self, side: str, state: SideState) -> None:
-        """Look at the rows of a side over the lower mark: scan them, re-solve those that need it,
-        and push what moved into the other side."""
-        mark = self.settings.mark
-        active = self.ledger.where((F.col("side") == side) & (bound_expression() > mark))
-        useful = max(1, min(self.parallelism, state.ratings // 200_000))
-        n_parts = max(useful, -(-state.ratings // self.execution.part_ratings))
-        result = self._solve(side, active, balanced_keys(n_parts), mark, state)
-        figures = result.select("gram_change", "n_solved", "n_ratings", "scanned_ratings").collect()
-        for row in figures:
-            self.work.add(row["n_ratings"], row["n_solved"], row["scanned_ratings"])
-        rows = result.mapInArrow(_factor_rows(self.solver.rank), _FACTOR_ROWS)
-        pushes = result.mapInArrow(_push_rows, _PUSHES).withColumn("side", F.lit(other_side(side)))
-        drifts = {}
+        def state(row: Row) -> SideState:
+            each = {
+                name: Choice(
+                    these,
+                    row[name]["n"],
+                    None
+                    if row[name]["places"] is None
+                    else [tuple(p) for p in row[name]["places"]],
+                )
+                for name, these in choices.items()
+            }
+            return SideState(row["over"], row["worst"], row["solved"], row["solved_blocks"], **each)
+
+        nothing = Choice(F.lit(False), 0, [])
+        none = SideState(0, 0.0, 0, [], nothing, nothing, nothing)
+        return {side: state(found[side]) if side in found else none for side in SIDES}
+
+    def _patch(self, state: dict[str, SideState]) -> dict[str, Choice]:
+        """What the next round looks at.
+
+        Rows over the mark, and as long as that is little what the round before looked at: rows of
+        the two sides that pull at each other are settled together. What no single task can hold
+        is one side's rows over the mark, spread over tasks.
+        """
+        over = [side for side in SIDES if state[side].over]
+        patch = {side: state[side].either if side in over else state[side].looked for side in SIDES}
+        most = min(PATCH_RATINGS, self.execution.part_ratings)
+        if sum(choice.ratings for choice in patch.values()) > most:
+            patch = {side: state[side].marked for side in over}
+        if sum(choice.ratings for choice in patch.values()) > self.execution.part_ratings:
+            # The side with less to do first: its rows often quieten the other.
+            side = min(over, key=lambda name: patch[name].ratings)
+            patch = {side: patch[side]}
+        return {side: choice for side, choice in patch.items() if choice.ratings}
+
+    def resolve(self, patch: dict[str, Choice]) -> None:
+        """Look at the rows of a patch: scan them, re-solve those over the mark, and push what
+        moved into the rows outside.
+
+        A patch of both sides is solved by one task; rows of one side may be spread over several.
+        """
+        self.rounds += 1
+        result = self._settle(patch)
+        rank = self.solver.rank
+        columns = ["side", "gram_change", "solved_rows", "solved_ratings", "scanned_ratings"]
+        drifts: dict[str, float] = {}
+        changes = {side: np.zeros((rank, rank)) for side in SIDES}
+        for row in result.select(columns).collect():
+            self.work.add(row["solved_ratings"], row["solved_rows"], row["scanned_ratings"])
+            changes[row["side"]] += np.frombuffer(row["gram_change"]).reshape(rank, rank)
         if self.solver.objective.implicit_prefs:
-            k = self.solver.rank
-            change = sum(
-                (np.frombuffer(row["gram_change"]).reshape(k, k) for row in figures),
-                np.zeros((k, k)),
-            )
-            self.grams[side] = self.grams[side] + change
-            drifts[side] = drift(change)
+            self.grams = {side: self.grams[side] + changes[side] for side in SIDES}
+            drifts = {side: drift(changes[side]) for side in SIDES}
+        rows = result.mapInArrow(_factor_rows(rank), _FACTOR_ROWS)
         fresh = rows.select(
-            F.lit(side).alias("side"),
+            "side",
             "slot",
-            F.col("gradient_norm").alias("g"),
-            F.col("b_norm").alias("n"),
-            F.col("factor_norm").alias("f"),
+            F.struct("gradient_norm", "b_norm", "factor_norm", "solved").alias("fresh"),
         )
-        replaced = self.ledger.join(fresh, ["side", "slot"], "left").select(
-            *[c for c in LEDGER_COLUMNS if c not in ("gradient_norm", "b_norm", "factor_norm")],
-            F.coalesce("g", "gradient_norm").alias("gradient_norm"),
-            F.coalesce("n", "b_norm").alias("b_norm"),
-            F.coalesce("f", "factor_norm").alias("factor_norm"),
+        small = sum(choice.ratings for choice in patch.values()) <= PATCH_RATINGS
+        # What a patch says of its own rows is final: no push, and no drift, comes on top.
+        pushed = self._pushed(self.ledger, result.mapInArrow(_push_rows, _PUSHES), drifts)
+        self.ledger = self._checkpoint(
+            pushed.join(fresh, ["side", "slot"], "left")
+            .withColumns(
+                {
+                    **{
+                        name: F.coalesce(F.col("fresh")[name], F.col(name))
+                        for name in ("gradient_norm", "b_norm", "factor_norm")
+                    },
+                    "looked": F.col("fresh").isNotNull() & F.lit(small),
+                    "solved": F.col("solved") | F.coalesce(F.col("fresh.solved"), F.lit(False)),
+                }
+            )
+            .select(*LEDGER_COLUMNS)
         )
-        self.ledger = self._checkpoint(self._pushed(replaced, pushes, drifts))
-        moved = rows.where("solved").select("slot", "factors")
-        self.moved[side].append(moved.withColumn("round", F.lit(self.rounds)))
-        if len(self.moved[side]) >= MOST_MOVED:
-            # One frame for many: a long chain would make every plan longer.
-            merged = self.solved(side)
-            assert merged is not None
-            self.moved[side] = [self._checkpoint(merged.withColumn("round", F.lit(self.rounds)))]
+        for side in patch:
+            moved = rows.where("solved").where(F.col("side") == side).select("slot", "factors")
+            self.moved[side].append(moved.withColumn("round", F.lit(self.rounds)))
+            if len(self.moved[side]) >= MOST_MOVED:
+                # One frame for many: a long chain would make every plan longer.
+                merged = self.solved(side)
+                assert merged is not None
+                kept = self._checkpoint(merged.withColumn("round", F.lit(self.rounds)))
+                self.moved[side] = [kept]
 
-    def _solve(
-        self,
-        side: str,
-        active: DataFrame,
-        keys: tuple[int, ...],
-        mark: float,
-        state: SideState,
-    ) -> DataFrame:
-        other = other_side(side)
-        parts = self.ratings_of(side, active, keys, state.places).persist()
-        needed = parts.mapInArrow(_distinct_others, "key int, slot int")
-        if state.ratings <= BROADCAST_ROWS:  # at most one needed row for each rating
-            needed = F.broadcast(needed)
-        theirs = self.current(other, needed).select(
-            "key", "slot", "factors", F.lit(False).alias("own"), F.lit(False).alias("forced")
+    def _settle(self, patch: dict[str, Choice]) -> DataFrame:
+        """`patch.SettledSide`s (`_SETTLED_KINDS`) of a patch."""
+        ratings = sum(choice.ratings for choice in patch.values())
+        n_parts = -(-ratings // self.execution.part_ratings)
+        if len(patch) == 1:
+            n_parts = max(n_parts, min(self.parallelism, ratings // 1_000_000), 1)
+        keys = balanced_keys(n_parts)
+        small = ratings <= BROADCAST_ROWS  # at most one needed row for each rating
+        active = {
+            side: self.ledger.where((F.col("side") == side) & choice.rows)
+            for side, choice in patch.items()
+        }
+        parts = reduce(
+            lambda left, right: left.unionByName(right),
+            (
+                self.ratings_of(side, active[side], keys, choice.places).withColumn(
+                    "side", F.lit(side)
+                )
+                for side, choice in patch.items()
+            ),
+        ).persist()
+        neighbours = parts.mapInArrow(_distinct_others, "side string, key int, slot int")
+        messages = []
+        for side in SIDES:
+            wanted = neighbours.where(F.col("side") == side).select(
+                "key", "slot", F.lit(False).alias("own"), F.lit(False).alias("forced")
+            )
+            if side in active:
+                mine = active[side].select(
+                    part_key("slot", keys).alias("key"),
+                    "slot",
+                    F.lit(True).alias("own"),
+                    (F.col("gradient_norm") == float("inf")).alias("forced"),
+                )
+                wanted = wanted.unionByName(mine)
+            wanted = self.current(side, F.broadcast(wanted) if small else wanted)
+            messages.append(wanted.withColumn("side", F.lit(side)))
+        placed = messages[0].unionByName(messages[1]).repartition(len(keys), "key")
+        settled = (
+            parts.groupBy("key")
+            .cogroup(placed.groupBy("key"))
+            .applyInArrow(_settler(self.solver, self.settings.mark, self.grams), _SETTLED)
         )
-        mine = active.select(
-            part_key("slot", keys).alias("key"),
-            "slot",
-            (F.col("gradient_norm") == float("inf")).alias("forced"),
-        )
-        if state.ratings <= BROADCAST_ROWS:
-            mine = F.broadcast(mine)
-        mine = self.current(side, mine).select(
-            "key", "slot", "factors", F.lit(True).alias("own"), "forced"
-        )
-        messages = theirs.unionByName(mine).repartition(len(keys), "key")
-        solve = _row_solver(self.solver, mark, self.grams.get(other))
-        result = self._checkpoint(
-            parts.groupBy("key").cogroup(messages.groupBy("key")).applyInArrow(solve, _SOLVED)
-        )
+        result = self._checkpoint(settled)
         parts.unpersist()
         return result
 
@@ -544,96 +625,61 @@ def _overlaid(table: pa.Table) -> RatingBlock:
 
 
 def _distinct_others(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
-    """(key, slot) of the other side's rows that each part needs; a part lies in one partition."""
-    needed: dict[int, list[NDArray[np.int32]]] = {}
+    """(side, key, slot) of the rows whose factors each part needs beside its own; the pieces of a
+    part lie in one partition."""
+    needed: dict[tuple[str, int], list[NDArray[np.int32]]] = {}
     for batch in batches:
         for row in arrays_of(batch):
             slots = np.unique(np.frombuffer(row["others"], np.int32))
-            needed.setdefault(row["key"], []).append(slots)
-    for key, found in needed.items():
+            needed.setdefault((other_side(row["side"]), row["key"]), []).append(slots)
+    for (side, key), found in needed.items():
         slots = np.unique(np.concatenate(found))
-        keys = np.full(len(slots), key, np.int32)
-        yield pa.RecordBatch.from_arrays([pa.array(keys), pa.array(slots)], ["key", "slot"])
+        yield pa.RecordBatch.from_arrays(
+            [
+                pa.array([side] * len(slots)),
+                pa.array(np.full(len(slots), key, np.int32)),
+                pa.array(slots),
+            ],
+            ["side", "key", "slot"],
+        )
 
 
-def _row_solver(
-    solver: Solver, mark: float, other_gram: NDArray[np.float64] | None
+def _settler(
+    solver: Solver, mark: float, grams: dict[str, NDArray[np.float64]]
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
-    rank, objective = solver.rank, solver.objective
-
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
-            return pa.table({name: pa.array([], kind) for name, kind in _SOLVED_KINDS.items()})
-        block = part_of(left)[1]
-        own = right.filter(right["own"]).sort_by("slot")
-        theirs = right.filter(pa.compute.invert(right["own"])).sort_by("slot")
-        slots = own["slot"].to_numpy()
-        if not np.array_equal(slots, block.slots):
-            raise ValueError("active rows and their ratings differ; the rating blocks are damaged")
-        before = matrix_of(own["factors"], rank)
-        forced = own["forced"].to_numpy(zero_copy_only=False)
-        neighbours = theirs["slot"].to_numpy()
-        y = matrix_of(theirs["factors"], rank)
-        index = np.searchsorted(neighbours, block.others).astype(np.int32)
-        if block.n_ratings and (
-            index.max() >= len(neighbours) or (neighbours[index] != block.others).any()
-        ):
-            raise ValueError("a rating names a row without factors; the rating blocks are damaged")
-        gradient, b = row_residuals(
-            block.indptr, index, block.values, y, before, objective, gram=other_gram
-        )
-        needs = (relative_residual(gradient, b) > mark) | forced
-        after = before.copy()
-        sub = block.rows(needs)
-        sub_index = np.searchsorted(neighbours, sub.others).astype(np.int32)
-        pushes = (np.zeros(len(neighbours)), np.zeros(len(neighbours)))
-        change = np.zeros((rank, rank))
-        if len(sub.slots):
-            solved = solve_rows(
-                sub.indptr,
-                sub_index,
-                sub.values,
-                y,
-                objective,
-                gram=other_gram,
-                dtype=np.float64 if solver.dtype == "float64" else np.float32,
-            ).factors
-            after[needs] = solved
-            gradient[needs], b[needs] = row_residuals(
-                sub.indptr, sub_index, sub.values, y, solved, objective, gram=other_gram
+            return pa.schema(_SETTLED_KINDS).empty_table()
+        pieces = arrays_of(left)
+        sides = {
+            side: _patch_side(
+                [piece for piece in pieces if piece["side"] == side],
+                right.filter(pa.compute.equal(right["side"], side)),
+                solver.rank,
             )
-            moved = moved_terms(
-                sub.indptr, sub_index, sub.values, y, solved, before[needs], objective
-            )
-            pushes = moved.norms()
-            change = gram(solved) - gram(before[needs])
+            for side in SIDES
+        }
+        settled = settle(solver, sides, mark, grams)
         return binary_table(
-            [
-                {
-                    "slots": raw(block.slots, np.int32),
-                    "factors": raw(after, np.float32),
-                    "gradient_norms": raw(gradient, np.float64),
-                    "b_norms": raw(b, np.float64),
-                    "solved": raw(needs, np.bool_),
-                    "push_slots": raw(neighbours, np.int32),
-                    "push_gradients": raw(pushes[0], np.float64),
-                    "push_bs": raw(pushes[1], np.float64),
-                    "gram_change": raw(change, np.float64),
-                    "n_solved": sub.n_rows,
-                    "n_ratings": sub.n_ratings,
-                    "scanned_ratings": block.n_ratings,
-                }
-            ],
-            **{n: pa.int64() for n in ("n_solved", "n_ratings", "scanned_ratings")},
+            [{"side": side, **settled[side].to_binary()} for side in SIDES], **_SETTLED_KINDS
         )
 
     return solve
 
 
-_SOLVED_KINDS = {
-    name: pa.int64() if kind == "long" else pa.binary()
-    for name, kind in (field.split() for field in _SOLVED.split(", "))
-}
+def _patch_side(pieces: list[dict[str, Any]], rows: pa.Table, rank: int) -> PatchSide:
+    """One side of a part from its rating pieces and the factor rows that came with them."""
+    own = rows.filter(rows["own"]).sort_by("slot")
+    known, first = np.unique(rows["slot"].to_numpy(), return_index=True)
+    ratings = RatingBlock.from_pieces(pieces)
+    if not np.array_equal(own["slot"].to_numpy(), ratings.slots):
+        raise ValueError("active rows and their ratings differ; the rating blocks are damaged")
+    return PatchSide(
+        known.astype(np.int32),
+        matrix_of(rows["factors"], rank)[first],
+        ratings,
+        own["forced"].to_numpy(zero_copy_only=False).astype(np.bool_),
+    )
 
 
 def _factor_rows(
@@ -642,14 +688,16 @@ def _factor_rows(
     def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         for batch in batches:
             for row in arrays_of(batch):
+                slots = np.frombuffer(row["slots"], np.int32)
                 factors = np.frombuffer(row["factors"], np.float32).reshape(-1, rank)
                 norms = np.linalg.norm(factors.astype(np.float64), axis=1)
                 yield from pa.table(
                     {
-                        "slot": pa.array(np.frombuffer(row["slots"], np.int32)),
+                        "side": pa.array([row["side"]] * len(slots), pa.string()),
+                        "slot": pa.array(slots),
                         "factors": list_column(factors),
-                        "gradient_norm": pa.array(np.frombuffer(row["gradient_norms"])),
-                        "b_norm": pa.array(np.frombuffer(row["b_norms"])),
+                        "gradient_norm": pa.array(np.frombuffer(row["gradient_norm"])),
+                        "b_norm": pa.array(np.frombuffer(row["b_norm"])),
                         "factor_norm": pa.array(norms),
                         "solved": pa.array(np.frombuffer(row["solved"], np.bool_)),
                     }
@@ -661,12 +709,12 @@ def _factor_rows(
 def _push_rows(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
     for batch in batches:
         for row in arrays_of(batch):
-            gradient = np.frombuffer(row["push_gradients"])
-            moved = gradient > 0
+            slots = np.frombuffer(row["push_slots"], np.int32)
             yield from pa.table(
                 {
-                    "slot": pa.array(np.frombuffer(row["push_slots"], np.int32)[moved]),
-                    "gradient": pa.array(gradient[moved]),
-                    "b": pa.array(np.frombuffer(row["push_bs"])[moved]),
+                    "side": pa.array([row["side"]] * len(slots), pa.string()),
+                    "slot": pa.array(slots),
+                    "gradient": pa.array(np.frombuffer(row["push_gradient"])),
+                    "b": pa.array(np.frombuffer(row["push_b"])),
                 }
             ).to_batches()

@@ -21,14 +21,13 @@ from pyspark.sql import functions as F
 
 from unlearn_spark import publishing
 from unlearn_spark.als import encoding
+from unlearn_spark.als.blocks import SIDES, other_side
 from unlearn_spark.als.encoding import SideLayout
 from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.spark import (
-    SIDES,
     gram_of,
     list_column,
     materialise,
-    other_side,
     session_parallelism,
 )
 from unlearn_spark.als.training import (
@@ -88,11 +87,17 @@ def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Chang
     """
     if model.ratings_version is None:
         raise InputError(f"model version {model.model_version} names no ratings; train it here")
-    ratings_version = store.version(ratings.TABLE)
-    tombstones_version = tombstones.version(store)
+    heads = publishing.together(
+        {
+            "ratings": lambda: store.version(ratings.TABLE),
+            "tombstones": lambda: tombstones.version(store),
+        }
+    )
+    ratings_version, tombstones_version = heads["ratings"], heads["tombstones"]
+    assert ratings_version is not None
     seen = ingest_id = model.ratings_ingest_id or 0
     every = pending = removed = None
-    n_requests = 0
+    scopes: dict[str, int] = {}
     if tombstones_version is not None:
         every = tombstones.read(store, tombstones_version)
         pending = requests.effective(every)
@@ -100,7 +105,8 @@ def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Chang
         if done is not None:
             pending = pending.join(done.select("request_id"), "request_id", "left_anti")
         pending = materialise(pending, checkpoint)
-        n_requests = pending.count()
+        scopes = dict(pending.groupBy("scope").count().toLocalIterator())
+    n_requests = sum(scopes.values())
 
     def with_known(rows: DataFrame) -> DataFrame:
         """Rows of the published ratings with `known`: was the model fitted to it?"""
@@ -114,10 +120,13 @@ def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Chang
     leaving = None
     if pending is not None and n_requests:
         columns = ["user_id", "item_id", "rating", "asked", "known"]
-        found = with_known(_covered(store, pending, model.ratings_version)).select(columns)
+        by_item = "item" in scopes
+        before = _covered(store, pending, by_item, model.ratings_version)
+        found = with_known(before).select(columns)
         if ratings_version != model.ratings_version:
             # Also what a job that died after deleting has left, and what was ingested since.
-            now = _covered(store, pending, ratings_version).withColumn("known", F.lit(False))
+            now = _covered(store, pending, by_item, ratings_version)
+            now = now.withColumn("known", F.lit(False))
             found = found.unionByName(now.select(columns))
         found = materialise(found, checkpoint)
         removed = found.select(
@@ -148,8 +157,10 @@ def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Chang
     if pairs is None:
         nothing = ratings.read(store, ratings_version).limit(0)
         pairs = _changed(nothing.select("user_id", "item_id", "rating"), 1)
-    counts = {row["change"]: row["count"] for row in pairs.groupBy("change").count().collect()}
-    n_removed = leaving.count() if leaving is not None else 0
+    counts: dict[int, int] = dict(pairs.groupBy("change").count().toLocalIterator())
+    n_removed = counts.get(-1, 0)
+    if leaving is not None and ratings_version != model.ratings_version:
+        n_removed = leaving.count()  # the others are old values of corrected ratings
     return Changes(
         pending,
         removed,
@@ -163,11 +174,14 @@ def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Chang
     )
 
 
-def _covered(store: Store, pending: DataFrame, version: int) -> DataFrame:
-    """The ratings of a version that requests cover, with `asked`: the requests."""
+def _covered(store: Store, pending: DataFrame, by_item: bool, version: int) -> DataFrame:
+    """The ratings of a version that requests cover, with `asked`: the requests.
+
+    `by_item`: there are requests that name an item, so that every user's ratings must be read.
+    """
     of_users = pending.where("scope != 'item'").select("user_id")
     rows = ratings.covering(store, of_users, version)
-    if pending.where("scope = 'item'").limit(1).count():
+    if by_item:
         of_items = pending.where("scope = 'item'").select("item_id")
         rows = rows.unionByName(ratings.covering(store, of_items, version)).distinct()
     marked = requests.with_requests(rows, pending, guard=False)
@@ -211,10 +225,11 @@ def run_night(
         f"{changes.n_requests} requests take {changes.n_removed} ratings out; "
         f"{changes.n_added} new or corrected ratings come in"
     )
-    bases = restore(store, model)
     night = Night(store, settings, model, changes, progress)
     figures = night.work()
-    version = night.publish(kind, {**figures, "seconds": time.perf_counter() - started}, bases)
+    version = night.publish(kind, {**figures, "seconds": time.perf_counter() - started})
+    if night.encoded is not None:
+        night.encoded.release()
     failed = {} if version.certificate["holds"] else {"exit_code": 1}
     if failed:
         progress(
@@ -236,12 +251,12 @@ def restore(store: Store, model: ModelVersion) -> dict[str, int]:
     They differ after a job that died between its writes, and after a rollback. Returns the Delta
     version of each table to write upon.
     """
-    bases = {}
+    tasks = {}
     for table in ("user_factors", "item_factors", "ledger", "rating_blocks", "rating_changes"):
         wanted = getattr(model, f"{table}_version")
         if wanted is not None:
-            bases[f"{table}_version"] = store.restore(table, wanted)
-    return bases
+            tasks[f"{table}_version"] = partial(store.restore, table, wanted)
+    return publishing.together(tasks)
 
 
 class Night:
@@ -259,12 +274,14 @@ class Night:
         self.als = model.als
         self.layouts = {side: dict(model.settings["layouts"][side]) for side in SIDES}
         self.version = publishing.next_version(model)
+        # What this night reads it names by version: only its writes have to wait for this.
+        self.bases = ThreadPoolExecutor(1).submit(restore, store, model)
         published = dict(zip(SIDES, models.read_factors(store, model), strict=True))
         together = publishing.together(
             {side: partial(self._rows_tonight, side, published[side]) for side in SIDES}
         )
         self.rows = {side: rows.where("n_ratings > 0") for side, rows in together.items()}
-        self.touched = {side: rows.where("delta IS NOT NULL") for side, rows in together.items()}
+        touched = {side: rows.where("delta IS NOT NULL") for side, rows in together.items()}
         gram_changes: dict[str, Any] = dict.fromkeys(SIDES)
         grams: dict[str, NDArray[np.float64]] = {}
         if self.als.implicit_prefs:
@@ -273,7 +290,7 @@ class Night:
                 left = rows.where("NOT is_new AND n_ratings <= 0")
                 gram_changes[side] = gram_of(came, self.als.rank) - gram_of(left, self.als.rank)
                 grams[side] = gram_of(rows.where("NOT is_new"), self.als.rank)
-        self.tonight = self._kept(self._slotted())
+        self.tonight = self._kept(self._slotted(touched))
         changed = [
             self.tonight.select(
                 F.lit(side).alias("side"),
@@ -290,14 +307,17 @@ class Night:
         ]
         self.new_changes = changed[0].unionByName(changed[1])
         stored = store.read(factors.RATING_CHANGES, model.rating_changes_version)
+        stays = F.col("n_ratings") > 0
         sizes = aggregates_of(
-            self.rows,
-            F.coalesce(F.sum("n_ratings"), F.lit(0)),
-            F.count(F.lit(1)),
+            together,
+            F.coalesce(F.sum(F.when(stays, F.col("n_ratings"))), F.lit(0)),
+            F.count_if(stays),
             F.coalesce(F.max("slot"), F.lit(0)),
+            F.collect_set(F.when(F.col("delta").isNotNull(), F.col("block"))),
         )
         self.n_ratings = sizes["user"][0]
         self.n_rows = sum(sizes[side][1] for side in SIDES)
+        self.touched_blocks = {side: set(sizes[side][3]) for side in SIDES}
         for side in SIDES:
             self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][2] + 1)
         self.frontier = Frontier(
@@ -374,11 +394,11 @@ class Night:
 
         return placed.mapInArrow(begin, start).withColumn("is_new", F.lit(True))
 
-    def _slotted(self) -> DataFrame:
+    def _slotted(self, touched: dict[str, DataFrame]) -> DataFrame:
         """Tonight's pairs by slot, with the factors of both rows."""
         pairs = self.changes.pairs
         for side in SIDES:
-            names = self.touched[side].select(
+            names = touched[side].select(
                 F.col("id").alias(f"{side}_id"),
                 F.col("slot").alias(f"{side}_slot"),
                 F.col("factors").alias(f"{side}_factors"),
@@ -405,6 +425,8 @@ class Night:
                     F.coalesce("gradient_norm", F.lit(float("inf"))).alias("gradient_norm"),
                     F.coalesce("b_norm", F.lit(0.0)).alias("b_norm"),
                     F.coalesce("factor_norm", F.lit(1.0)).alias("factor_norm"),
+                    F.lit(False).alias("looked"),
+                    F.lit(False).alias("solved"),
                 )
             )
         return sides[0].unionByName(sides[1]).select(*LEDGER_COLUMNS)
@@ -421,9 +443,14 @@ class Night:
         self.deletion = ThreadPoolExecutor(1).submit(self._delete_ratings)
         frontier.push_changes(self.tonight, self.gram_changes)
         sweeps = 0
-        worst = frontier.run()
-        if worst is not None:
-            solved, blocks = self._outcome()
+        end = frontier.run()
+        if end is not None:
+            worst = max(end[side].worst for side in SIDES)
+            solved = {side: end[side].solved for side in SIDES}
+            blocks = {
+                side: sorted(self.touched_blocks[side] | set(end[side].solved_blocks))
+                for side in SIDES
+            }
         else:
             sweeps = self._sweep()
             assert self.swept is not None
@@ -443,26 +470,6 @@ class Night:
             "work_sweeps": frontier.work.sweeps,
             "max_residual": worst,
         }
-
-    def _solved_slots(self, side: str) -> DataFrame:
-        moved = self.frontier.solved(side)
-        return self.rows[side].limit(0).select("slot") if moved is None else moved.select("slot")
-
-    def _outcome(self) -> tuple[dict[str, int], dict[str, list[int]]]:
-        """By side: how many rows were re-solved, and the blocks with a row that was re-solved,
-        came, left, or has another number of ratings."""
-        frames = []
-        for side in SIDES:
-            block = F.pmod("slot", F.lit(self.layouts[side]["n_blocks"])).cast("int")
-            solved = self._solved_slots(side).withColumn("solved", F.lit(1))
-            touched = self.touched[side].select("slot").withColumn("solved", F.lit(0))
-            rows = solved.unionByName(touched).groupBy(block.alias("block")).agg(F.sum("solved"))
-            frames.append(rows.withColumn("side", F.lit(side)))
-        found = frames[0].unionByName(frames[1]).collect()
-        return (
-            {side: sum(row[1] for row in found if row["side"] == side) for side in SIDES},
-            {side: sorted(row["block"] for row in found if row["side"] == side) for side in SIDES},
-        )
 
     def _sweep(self) -> int:
         """Whole accelerated sweeps from where the loop stopped, and a scan of every row."""
@@ -502,7 +509,7 @@ class Night:
 
     # --- publishing ----------------------------------------------------------------------------
 
-    def publish(self, kind: str, metrics: dict[str, Any], bases: dict[str, int]) -> ModelVersion:
+    def publish(self, kind: str, metrics: dict[str, Any]) -> ModelVersion:
         """Write what changed and make it visible.
 
         Raises
@@ -511,6 +518,7 @@ class Night:
             Another job wrote to one of the tables meanwhile.
         """
         store, changes, tau = self.store, self.changes, self.settings.unlearn.tau
+        bases = self.bases.result()
         if self.swept is not None and self.encoded is not None:
             written = publishing.write_whole_model(
                 store,

@@ -1,0 +1,106 @@
+"""Rating parts in files beside the workers, so that the ratings reach Python once in a training.
+
+Taking a part out of Spark's cache, through Arrow and a pipe into a worker, costs about as much as
+solving its rows, and a training would do it in every sweep. So the first sweep leaves each part in
+a memory-mapped file, which every worker of the machine shares. Later sweeps send factors alone, to
+where Spark has the part in its cache, which is where the file is; a part that is not there after
+all (an executor was lost, a disk was full) is reported as missing, and the driver sends it again.
+
+The files lie in the directory that Spark makes for an application's files on every node, and
+removes at its end, as it does with its own shuffle files. `drop` removes them earlier.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from pyspark import SparkFiles
+
+from unlearn_spark.als.blocks import RatingBlock
+from unlearn_spark.als.spark import binary_table, part_of
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+
+@dataclass(frozen=True)
+class PartReader:
+    """How a half-sweep gets the ratings of its parts; small and picklable.
+
+    Attributes
+    ----------
+    token
+        Names the training; None: parts are sent and not kept.
+    side
+        "user" or "item".
+    sent
+        The ratings come with the factors, and are kept; else they are looked for where an earlier
+        sweep has left them.
+    """
+
+    token: str | None = None
+    side: str = ""
+    sent: bool = True
+
+    def ask(self, parts: DataFrame) -> DataFrame:
+        """What has to travel of the parts (`PART_SCHEMA`)."""
+        return parts if self.sent else parts.select("key", "part")
+
+    def read(self, pieces: pa.Table) -> tuple[int, RatingBlock | None]:
+        """A part's number and its ratings, None where they are missing; runs in a worker."""
+        if self.sent:
+            number, block = part_of(pieces)
+            self._keep(number, block)
+            return number, block
+        number = pieces["part"][0].as_py()
+        try:
+            with pa.memory_map(str(self._path(number))) as source:
+                return part_of(pa.ipc.open_file(source).read_all())
+        except FileNotFoundError:
+            return number, None
+
+    def _keep(self, number: int, block: RatingBlock) -> None:
+        if self.token is None:
+            return
+        path = self._path(number)
+        mine = path.with_suffix(f".{os.getpid()}")
+        table = binary_table([{"part": number, **block.to_binary()}])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with pa.OSFile(str(mine), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+            mine.replace(path)  # whole or not at all: another attempt may write the same part
+        except OSError:  # the part will be missing, which the driver hears and answers
+            mine.unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        assert self.token is not None
+        return _directory(self.token) / f"{self.side}-{number}.arrow"
+
+
+def _directory(token: str) -> Path:
+    return Path(SparkFiles.getRootDirectory()) / f"unlearn-spark-{token}"
+
+
+def drop(parts: Sequence[DataFrame], token: str) -> None:
+    """Remove the files of a training from the machines on which its parts are cached.
+
+    Parameters
+    ----------
+    parts
+        Column `key` of the parts of both sides.
+    """
+
+    def remove(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        for batch in batches:
+            shutil.rmtree(_directory(token), ignore_errors=True)
+            yield batch
+
+    both = parts[0].unionByName(parts[1])
+    both.mapInArrow(remove, "key int").count()

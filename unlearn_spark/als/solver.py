@@ -1,0 +1,175 @@
+"""What a worker does to one part in a half-sweep, as plain arrays.
+
+Nothing here knows Spark: `sweep`, `burst` and the unlearning patches bring the arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unlearn_spark.als.acceleration import curvature_weights, history_products, mix
+from unlearn_spark.als.blocks import RatingBlock, raw
+from unlearn_spark.als.kernel import Objective, relative_residual, solve_rows
+
+
+@dataclass(frozen=True)
+class Solver:
+    """What a worker needs to solve rows; small and picklable."""
+
+    objective: Objective
+    rank: int
+    dtype: str
+
+    def solve(
+        self, ratings: RatingBlock, other: OtherSide, warm: NDArray[np.float32] | None
+    ) -> Any:
+        """`kernel.solve_rows` with this solver's settings."""
+        return solve_rows(
+            ratings.indptr,
+            ratings.others,
+            ratings.values,
+            other.dense,
+            self.objective,
+            gram=other.gram,
+            warm=warm,
+            active=None,
+            dtype=np.float64 if self.dtype == "float64" else np.float32,
+        )
+
+    def penalty(self, ratings: RatingBlock, factors: NDArray[np.float32]) -> float:
+        """lambda * sum n |x|^2, the part of the objective that the other side cannot see."""
+        if self.objective.implicit_prefs:
+            positive = np.concatenate([[0], np.cumsum(ratings.values > 0)])
+            counts = np.diff(positive[ratings.indptr])
+        else:
+            counts = np.diff(ratings.indptr)
+        squares = np.einsum("ij,ij->i", factors, factors, dtype=np.float64)
+        return float(self.objective.reg_param * (counts @ squares))
+
+    def constant(self, ratings: RatingBlock) -> float:
+        """The objective's term without factors, summed over these rows."""
+        values = ratings.values.astype(np.float64)
+        if self.objective.implicit_prefs:
+            positive = values[values > 0]
+            return float(len(positive) + self.objective.alpha * positive.sum())
+        return float(values @ values)
+
+    def gram(self, factors: NDArray[np.float32]) -> bytes | None:
+        """Y'Y in float64, where the objective needs it."""
+        if not self.objective.implicit_prefs:
+            return None
+        wide = factors.astype(np.float64)
+        return (wide.T @ wide).tobytes()
+
+    def factor_row(
+        self, part: int, slots: NDArray[np.int32], factors: NDArray[np.float32], scalar: float
+    ) -> dict[str, Any]:
+        """One row of `spark.FACTOR_SCHEMA`."""
+        return {
+            "part": part,
+            "slots": raw(slots, np.int32),
+            "factors": raw(factors, np.float32),
+            "gram": self.gram(factors),
+            "scalar": scalar,
+            "missing": 0,
+        }
+
+    def missing_row(self, part: int) -> dict[str, Any]:
+        """The same for a part without its ratings."""
+        slots, factors = np.zeros(0, np.int32), np.zeros((0, self.rank), np.float32)
+        return {**self.factor_row(part, slots, factors, 0.0), "missing": 1}
+
+
+@dataclass(frozen=True)
+class OtherSide:
+    """The other side's factors as a part sees them.
+
+    Attributes
+    ----------
+    dense : float32 (n_slots, rank)
+    gram : float64 (rank, rank) or None
+    penalty
+        Sum of the senders' scalars.
+    missing
+        Parts of the other side whose rows are not there.
+    """
+
+    dense: NDArray[np.float32]
+    gram: NDArray[np.float64] | None
+    penalty: float
+    missing: int = 0
+
+    @classmethod
+    def from_messages(cls, messages: list[dict[str, Any]], rank: int, n_slots: int) -> OtherSide:
+        messages = [row for row in messages if not row.get("own", False)]
+        messages.sort(key=lambda row: row["part"])  # one order of every sum
+        dense = np.zeros((n_slots, rank), np.float32)
+        gram: NDArray[np.float64] | None = None
+        for row in messages:
+            slots = np.frombuffer(row["slots"], np.int32)
+            dense[slots] = np.frombuffer(row["factors"], np.float32).reshape(-1, rank)
+            if row["gram"] is not None:
+                share = np.frombuffer(row["gram"], np.float64).reshape(rank, rank)
+                gram = share.copy() if gram is None else gram + share
+        penalty = float(sum(row["scalar"] for row in messages))
+        return cls(dense, gram, penalty, sum(row["missing"] for row in messages))
+
+
+@dataclass(frozen=True)
+class AnchorSweep:
+    """What solving the anchor's rows found.
+
+    Attributes
+    ----------
+    history : float32 (2h, n, rank)
+        g and f = g - y of this sweep, then of the one before, and so on.
+    quadratic, penalty
+        These rows' share of the objective without the anchor's penalty, and the other side's.
+    worst
+        Largest relative residual of y.
+    products : float64 (h, h)
+        These rows' share of the acceleration's matrix.
+    """
+
+    history: NDArray[np.float32]
+    quadratic: float
+    penalty: float
+    worst: float
+    products: NDArray[np.float64]
+
+
+def solve_anchor(
+    solver: Solver, ratings: RatingBlock, seen: OtherSide, stack: NDArray[np.float32]
+) -> AnchorSweep:
+    """Solve the anchor's rows; `stack` float32 (1 + 2h, n, rank) is y and the earlier history."""
+    y, past = stack[0], stack[1:]
+    solved = solver.solve(ratings, seen, y)
+    history = np.concatenate([solved.factors[None], (solved.factors - y)[None], past])
+    worst = relative_residual(solved.gradient_norm, solved.b_norm)
+    return AnchorSweep(
+        history,
+        solver.constant(ratings) + solved.quadratic,
+        seen.penalty,
+        float(worst.max(initial=0.0)),
+        history_products(list(history[1::2]), curvature_weights(solved.gradient_norm, history[1])),
+    )
+
+
+def mixed(
+    history: NDArray[np.float32],
+    weights: Sequence[float],
+    keep: int,
+    drop_newest: bool,
+    nonnegative: bool,
+) -> NDArray[np.float32]:
+    """The next stack from a history, see `sweep.next_iterate`."""
+    y = mix(list(history[0::2]), weights)
+    if nonnegative:
+        y = np.maximum(y, 0)  # weights may be negative
+    first = 2 if drop_newest else 0
+    return np.concatenate([y[None], history[first : first + 2 * keep]])

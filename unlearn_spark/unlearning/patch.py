@@ -1,0 +1,249 @@
+"""A patch: rows of one or both sides that one task solves together.
+
+The rows of the two sides are solved in turn, each from the newest factors of the other, until none
+of them is over the mark. Whatever lies outside stands still meanwhile, so that only the net move of
+a patch is pushed. A user and an item that hardly anybody else has rated pull each other for dozens
+of turns: within a patch such a turn costs microseconds, between patches it costs Spark jobs.
+
+NumPy and the kernels; nothing here knows Spark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unlearn_spark.als.blocks import SIDES, RatingBlock, concatenate, other_side, raw
+from unlearn_spark.als.kernel import relative_residual, row_residuals
+from unlearn_spark.als.solver import OtherSide
+from unlearn_spark.unlearning.ledger import gram, moved_terms
+
+if TYPE_CHECKING:
+    from unlearn_spark.als.solver import Solver
+
+MOST_TURNS = 2000
+"""After so many half-sweeps of a patch the night goes on with what is over tau by then."""
+
+MOST_RATINGS = 20_000_000
+"""The same after so many ratings of solved rows, each counted whenever its row is solved: two
+seconds at rank 64."""
+
+
+@dataclass(frozen=True)
+class PatchSide:
+    """What a patch has of one side.
+
+    Attributes
+    ----------
+    known : int32 (n,)
+        Ascending slots of the rows whose factors are here: those of the patch and all of their
+        neighbours.
+    factors : float32 (n, rank)
+        As they are before the patch.
+    ratings
+        Those of the rows to look at, all of them; no rows where this side stands still.
+    forced : bool (ratings.n_rows,)
+        Rows to solve even where they are under the mark.
+    """
+
+    known: NDArray[np.int32]
+    factors: NDArray[np.float32]
+    ratings: RatingBlock = field(default_factory=lambda: concatenate([]))
+    forced: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+
+@dataclass(frozen=True)
+class SettledSide:
+    """What a patch did to one side.
+
+    Attributes
+    ----------
+    slots : int32 (n,)
+        The rows looked at.
+    factors : float32 (n, rank)
+    gradient_norm, b_norm : float64 (n,)
+        Their true residuals' parts at the end.
+    solved : bool (n,)
+        Rows that were solved at least once.
+    push_slots : int32 (m,)
+        Rows of this side outside the patch whose equations the other side's moves changed.
+    push_gradient, push_b : float64 (m,)
+        Norms of that change.
+    gram_change : float64 (rank, rank)
+        Change of this side's X'X.
+    solved_rows, solved_ratings, scanned_ratings
+        Work done: rows solved and their ratings, counted at each turn, and ratings whose residual
+        was computed.
+    """
+
+    slots: NDArray[np.int32]
+    factors: NDArray[np.float32]
+    gradient_norm: NDArray[np.float64]
+    b_norm: NDArray[np.float64]
+    solved: NDArray[np.bool_]
+    push_slots: NDArray[np.int32]
+    push_gradient: NDArray[np.float64]
+    push_b: NDArray[np.float64]
+    gram_change: NDArray[np.float64]
+    solved_rows: int
+    solved_ratings: int
+    scanned_ratings: int
+
+    def to_binary(self) -> dict[str, Any]:
+        """The fields by name, arrays as raw little-endian bytes."""
+        return {
+            name: raw(value, value.dtype.type) if isinstance(value, np.ndarray) else value
+            for name, value in vars(self).items()
+        }
+
+
+def settle(
+    solver: Solver,
+    sides: Mapping[str, PatchSide],
+    mark: float,
+    grams: Mapping[str, NDArray[np.float64]],
+    most_turns: int = MOST_TURNS,
+) -> dict[str, SettledSide]:
+    """Solve the rows of a patch until none is over the mark, within `most_turns` half-sweeps.
+
+    Parameters
+    ----------
+    mark
+        Relative residual that a row is left alone under.
+    grams
+        By side: float64 (rank, rank), X'X over the whole side before the patch; needed in
+        implicit mode, where it follows the moves.
+
+    Raises
+    ------
+    ValueError
+        Ratings name a row whose factors are missing, or the reverse.
+    """
+    workers = {side: _Side(solver, side, sides, grams.get(side)) for side in SIDES}
+    side = min(SIDES, key=lambda name: workers[name].ratings.n_ratings or np.inf)
+    for _ in range(most_turns):
+        if sum(worker.solved_ratings for worker in workers.values()) > MOST_RATINGS:
+            break
+        if not workers[side].stale.any():
+            side = other_side(side)
+            if not workers[side].stale.any():
+                break
+        moved = workers[side].turn(workers[other_side(side)], mark)
+        workers[other_side(side)].disturb(workers[side], moved)
+        side = other_side(side)
+    for side, worker in workers.items():  # of use where the turns ran out
+        worker.look(workers[other_side(side)], worker.stale)
+    return {side: workers[side].settled(workers[other_side(side)]) for side in SIDES}
+
+
+class _Side:
+    """A side while its patch is worked on."""
+
+    def __init__(
+        self,
+        solver: Solver,
+        side: str,
+        sides: Mapping[str, PatchSide],
+        gram_before: NDArray[np.float64] | None,
+    ) -> None:
+        mine, other = sides[side], sides[other_side(side)]
+        n = mine.ratings.n_rows
+        self.solver = solver
+        self.known, self.before, self.factors = mine.known, mine.factors, mine.factors.copy()
+        self.slots = mine.ratings.slots
+        self.places = _places(self.slots, mine.known)
+        self.ratings = replace(mine.ratings, others=_places(mine.ratings.others, other.known))
+        self.gram = gram_before
+        self.forced = mine.forced.copy()
+        self.stale, self.solved = np.ones(n, np.bool_), np.zeros(n, np.bool_)
+        self.gradient_norm, self.b_norm = np.zeros(n), np.zeros(n)
+        self.solved_rows = self.solved_ratings = self.scanned_ratings = 0
+
+    def look(self, other: _Side, keep: NDArray[np.bool_]) -> None:
+        """Compute the residuals of some rows."""
+        part = self.ratings.rows(keep)
+        self.gradient_norm[keep], self.b_norm[keep] = row_residuals(
+            part.indptr,
+            part.others,
+            part.values,
+            other.factors,
+            self.factors[self.places[keep]],
+            self.solver.objective,
+            gram=other.gram,
+        )
+        self.scanned_ratings += part.n_ratings
+
+    def turn(self, other: _Side, mark: float) -> NDArray[np.bool_]:
+        """Look at the stale rows and solve those over the mark; returns which were solved."""
+        self.look(other, self.stale)
+        over = relative_residual(self.gradient_norm, self.b_norm) > mark
+        needs = (self.stale & over) | self.forced
+        self.stale[:] = False
+        self.forced[:] = False
+        part, places = self.ratings.rows(needs), self.places[needs]
+        if part.n_rows:
+            seen = OtherSide(other.factors, other.gram, 0.0)
+            after = self.solver.solve(part, seen, None).factors
+            if self.gram is not None:
+                self.gram = self.gram + (gram(after) - gram(self.factors[places]))
+            self.factors[places] = after
+            self.solved |= needs
+            self.solved_rows += part.n_rows
+            self.solved_ratings += part.n_ratings
+            self.look(other, needs)
+        return needs
+
+    def disturb(self, other: _Side, moved: NDArray[np.bool_]) -> None:
+        """The other side's rows `moved` have new factors: what depends on them is stale."""
+        if self.gram is not None:
+            self.stale |= bool(moved.any())  # the Gram matrix is in every equation
+            return
+        here = np.zeros(len(other.known), np.bool_)
+        here[other.places[moved]] = True
+        rows = np.repeat(np.arange(len(self.stale)), np.diff(self.ratings.indptr))
+        self.stale[rows[here[self.ratings.others]]] = True
+
+    def settled(self, other: _Side) -> SettledSide:
+        """The end: what moved here, and what the other side's moves did to rows outside."""
+        moves = other.ratings.rows(other.solved)
+        places = other.places[other.solved]
+        pushes = moved_terms(
+            moves.indptr,
+            moves.others,
+            moves.values,
+            self.before,
+            other.factors[places],
+            other.before[places],
+            self.solver.objective,
+        )
+        gradient, b = pushes.norms()
+        outside = np.ones(len(self.known), np.bool_)
+        outside[self.places] = False
+        pushed = np.flatnonzero(outside & (gradient > 0))
+        mine = self.places[self.solved]
+        return SettledSide(
+            self.slots,
+            self.factors[self.places],
+            self.gradient_norm,
+            self.b_norm,
+            self.solved,
+            self.known[pushed],
+            gradient[pushed],
+            b[pushed],
+            gram(self.factors[mine]) - gram(self.before[mine]),
+            self.solved_rows,
+            self.solved_ratings,
+            self.scanned_ratings,
+        )
+
+
+def _places(slots: NDArray[np.int32], known: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Where in `known` the slots stand."""
+    places = np.searchsorted(known, slots).astype(np.int32)
+    if len(slots) and (places.max() >= len(known) or (known[places] != slots).any()):
+        raise ValueError("a rating names a row without factors; the rating blocks are damaged")
+    return places
