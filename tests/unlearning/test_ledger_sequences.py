@@ -148,7 +148,7 @@ class Model:
             if before[side] is not None:
                 self.drifted(side, self.gram(side) - before[side])
 
-    def patch_side(self, side, rows):
+    def patch_side(self, side, rows, eager):
         """Some rows of a side with their ratings; all factors are known."""
         block = self.block(side, rows)
         return PatchSide(
@@ -156,9 +156,10 @@ class Model:
             self.factors[side],
             block,
             np.isinf(self.gradient[side][block.slots]),
+            eager,
         )
 
-    def mend(self, most_turns=200):
+    def mend(self, spare=np.inf):
         """The frontier loop, and whole sweeps when it takes too long."""
         looked = {side: set() for side in SIDES}
         for _ in range(40):
@@ -167,10 +168,10 @@ class Model:
                 return
             marked = {side: set(np.flatnonzero(self.bound(side) > MARK).tolist()) for side in SIDES}
             rows = {side: looked[side] | (marked[side] if over[side] else set()) for side in SIDES}
-            patch = {side: self.patch_side(side, rows[side]) for side in SIDES}
+            patch = {side: self.patch_side(side, rows[side], over[side]) for side in SIDES}
             grams = {side: self.gram(side) for side in SIDES}
             solver = Solver(self.objective, RANK, "float32")
-            settled = settle(solver, patch, MARK, grams, most_turns)
+            settled = settle(solver, patch, TAU, MARK, grams, spare)
             for side in SIDES:
                 mine = settled[side]
                 assert not set(mine.push_slots.tolist()) & rows[side]

@@ -13,7 +13,7 @@ from unlearn_spark.unlearning.patch import PatchSide, settle
 
 SIZES = {"user": 12, "item": 8}
 RANK = 3
-MARK = 1e-4
+TAU, MARK = 4e-4, 1e-4
 
 
 def ratings_of(dense, side, keep):
@@ -67,9 +67,10 @@ def after(factors, settled):
     users=st.sets(st.integers(0, SIZES["user"] - 1)),
     items=st.sets(st.integers(0, SIZES["item"] - 1)),
     turns=st.sampled_from([0, 1, 2, 3, 2000]),
+    spare=st.sampled_from([0, 20, np.inf]),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_a_patch_says_of_every_row_is_true(implicit, seed, users, items, turns):
+def test_what_a_patch_says_of_every_row_is_true(implicit, seed, users, items, turns, spare):
     dense, factors = problem(seed)
     objective = Objective(0.4, implicit, 2.0)
     chosen = {
@@ -79,17 +80,17 @@ def test_what_a_patch_says_of_every_row_is_true(implicit, seed, users, items, tu
     grams = {side: ledger.gram(factors[side]) for side in SIDES} if implicit else {}
     before = {side: scan(dense, factors, objective, side) for side in SIDES}
     sides = patch_of(dense, factors, chosen)
-    settled = settle(Solver(objective, RANK, "float32"), sides, MARK, grams, turns)
+    settled = settle(Solver(objective, RANK, "float32"), sides, TAU, MARK, grams, spare, turns)
     moved = after(factors, settled)
     for side in SIDES:
         mine = settled[side]
         slots, gradient, b = scan(dense, moved, objective, side)
         at = np.isin(slots, mine.slots)
-        # Inside: the residuals themselves, and below the mark unless the turns ran out.
+        # Inside: the residuals themselves, and below tau unless the turns ran out.
         np.testing.assert_allclose(mine.gradient_norm, gradient[at], rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(mine.b_norm, b[at], rtol=1e-9)
-        if turns == 2000:
-            assert relative_residual(gradient[at], b[at]).max(initial=0) <= MARK
+        if turns == 2000 and spare == np.inf:
+            assert relative_residual(gradient[at], b[at]).max(initial=0) <= TAU
         # Outside: nothing moved, and the pushes bound what the moves have changed.
         still = ~np.isin(np.arange(SIZES[side]), mine.slots)
         np.testing.assert_array_equal(moved[side][still], factors[side][still])
@@ -111,11 +112,13 @@ def test_rows_that_only_have_each_other_settle_in_one_patch():
     dense[0, 0] = 5.0
     chosen = {side: np.arange(SIZES[side]) == 0 for side in SIDES}
     objective = Objective(0.05)
-    settled = settle(Solver(objective, RANK, "float32"), patch_of(dense, factors, chosen), MARK, {})
-    assert sum(settled[side].solved_rows for side in SIDES) > 100
+    settled = settle(
+        Solver(objective, RANK, "float32"), patch_of(dense, factors, chosen), TAU, MARK, {}
+    )
+    assert sum(settled[side].solved_rows for side in SIDES) > 50
     for side in SIDES:
         assert settled[side].slots.tolist() == [0]
-        assert relative_residual(settled[side].gradient_norm, settled[side].b_norm).max() <= MARK
+        assert relative_residual(settled[side].gradient_norm, settled[side].b_norm).max() <= TAU
         assert not len(settled[side].push_slots)
 
 
@@ -123,11 +126,11 @@ def test_rows_under_the_mark_are_left_alone_unless_forced():
     dense, factors = problem(5)
     chosen = {"user": np.ones(SIZES["user"], np.bool_), "item": np.zeros(SIZES["item"], np.bool_)}
     solver = Solver(Objective(0.4), RANK, "float32")
-    once = settle(solver, patch_of(dense, factors, chosen), MARK, {})
+    once = settle(solver, patch_of(dense, factors, chosen), TAU, MARK, {})
     sides = patch_of(dense, after(factors, once), chosen)
-    assert not settle(solver, sides, MARK, {})["user"].solved.any()
+    assert not settle(solver, sides, TAU, MARK, {})["user"].solved.any()
     sides["user"].forced[2] = True
-    assert settle(solver, sides, MARK, {})["user"].solved.nonzero()[0].tolist() == [2]
+    assert settle(solver, sides, TAU, MARK, {})["user"].solved.nonzero()[0].tolist() == [2]
 
 
 def test_a_rating_without_the_factors_of_its_row_is_refused():
@@ -135,7 +138,6 @@ def test_a_rating_without_the_factors_of_its_row_is_refused():
     chosen = {side: np.ones(SIZES[side], np.bool_) for side in SIDES}
     known = {"user": np.arange(12, dtype=np.int32), "item": np.arange(7, dtype=np.int32)}
     chosen["item"][7] = False
+    sides = patch_of(dense, factors, chosen, known)
     with pytest.raises(ValueError, match="rating blocks are damaged"):
-        settle(
-            Solver(Objective(0.4), RANK, "float32"), patch_of(dense, factors, chosen, known), 1, {}
-        )
+        settle(Solver(Objective(0.4), RANK, "float32"), sides, TAU, MARK, {})

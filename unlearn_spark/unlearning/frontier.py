@@ -12,7 +12,7 @@ it. The idea of starting from the trained factors is Unlearn-ALS (Xu et al. 2023
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,10 @@ BROADCAST_ROWS = 1_000_000
 PATCH_RATINGS = 1_000_000
 """Up to so many ratings a round takes what the round before looked at along with what is over the
 mark: the two may pull at each other."""
+
+SPARE_SHARE, SPARE_RATINGS = 0.02, 10_000
+"""What a patch may solve again and again within a round: this share of a sweep's ratings, or so
+many where that is more."""
 
 
 @dataclass(frozen=True)
@@ -393,7 +397,7 @@ class Frontier:
                 return state
             if self.rounds >= self.settings.max_rounds or self.work.sweeps > MOST_SWEEPS:
                 return None
-            self.resolve(self._patch(state))
+            self.resolve(self._patch(state), over)
             rows = " and ".join(f"{n} {side}" for side, n in over.items())
             worst = max(state[side].worst for side in SIDES)
             self.progress(
@@ -454,14 +458,15 @@ class Frontier:
             patch = {side: patch[side]}
         return {side: choice for side, choice in patch.items() if choice.ratings}
 
-    def resolve(self, patch: dict[str, Choice]) -> None:
+    def resolve(self, patch: dict[str, Choice], eager: Container[str]) -> None:
         """Look at the rows of a patch: scan them, re-solve those over the mark, and push what
         moved into the rows outside.
 
         A patch of both sides is solved by one task; rows of one side may be spread over several.
+        `eager`: the sides with rows over tau.
         """
         self.rounds += 1
-        result = self._settle(patch)
+        result = self._settle(patch, eager)
         rank = self.solver.rank
         columns = ["side", "gram_change", "solved_rows", "solved_ratings", "scanned_ratings"]
         drifts: dict[str, float] = {}
@@ -505,13 +510,14 @@ class Frontier:
                 kept = self._checkpoint(merged.withColumn("round", F.lit(self.rounds)))
                 self.moved[side] = [kept]
 
-    def _settle(self, patch: dict[str, Choice]) -> DataFrame:
-        """`patch.SettledSide`s (`_SETTLED_KINDS`) of a patch."""
+    def _settle(self, patch: dict[str, Choice], eager: Container[str]) -> DataFrame:
+        """`patch.SettledSide`s (`_SETTLED_KINDS`) of a patch; `eager`: the sides over tau."""
         ratings = sum(choice.ratings for choice in patch.values())
         n_parts = -(-ratings // self.execution.part_ratings)
         if len(patch) == 1:
             n_parts = max(n_parts, min(self.parallelism, ratings // 1_000_000), 1)
         keys = balanced_keys(n_parts)
+        spare = max(SPARE_RATINGS, SPARE_SHARE * 2 * self.work.ratings)
         small = ratings <= BROADCAST_ROWS  # at most one needed row for each rating
         active = {
             side: self.ledger.where((F.col("side") == side) & choice.rows)
@@ -546,7 +552,7 @@ class Frontier:
         settled = (
             parts.groupBy("key")
             .cogroup(placed.groupBy("key"))
-            .applyInArrow(_settler(self.solver, self.settings.mark, self.grams), _SETTLED)
+            .applyInArrow(_settler(self.solver, self.settings, self.grams, spare, eager), _SETTLED)
         )
         result = self._checkpoint(settled)
         parts.unpersist()
@@ -645,7 +651,11 @@ def _distinct_others(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBat
 
 
 def _settler(
-    solver: Solver, mark: float, grams: dict[str, NDArray[np.float64]]
+    solver: Solver,
+    settings: UnlearnSettings,
+    grams: dict[str, NDArray[np.float64]],
+    spare: float,
+    eager: Container[str],
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
@@ -656,10 +666,11 @@ def _settler(
                 [piece for piece in pieces if piece["side"] == side],
                 right.filter(pa.compute.equal(right["side"], side)),
                 solver.rank,
+                side in eager,
             )
             for side in SIDES
         }
-        settled = settle(solver, sides, mark, grams)
+        settled = settle(solver, sides, settings.tau, settings.mark, grams, spare)
         return binary_table(
             [{"side": side, **settled[side].to_binary()} for side in SIDES], **_SETTLED_KINDS
         )
@@ -667,7 +678,7 @@ def _settler(
     return solve
 
 
-def _patch_side(pieces: list[dict[str, Any]], rows: pa.Table, rank: int) -> PatchSide:
+def _patch_side(pieces: list[dict[str, Any]], rows: pa.Table, rank: int, eager: bool) -> PatchSide:
     """One side of a part from its rating pieces and the factor rows that came with them."""
     own = rows.filter(rows["own"]).sort_by("slot")
     known, first = np.unique(rows["slot"].to_numpy(), return_index=True)
@@ -679,6 +690,7 @@ def _patch_side(pieces: list[dict[str, Any]], rows: pa.Table, rank: int) -> Patc
         matrix_of(rows["factors"], rank)[first],
         ratings,
         own["forced"].to_numpy(zero_copy_only=False).astype(np.bool_),
+        eager,
     )
 
 

@@ -1,7 +1,7 @@
 """A patch: rows of one or both sides that one task solves together.
 
 The rows of the two sides are solved in turn, each from the newest factors of the other, until none
-of them is over the mark. Whatever lies outside stands still meanwhile, so that only the net move of
+of them is over tau. Whatever lies outside stands still meanwhile, so that only the net move of
 a patch is pushed. A user and an item that hardly anybody else has rated pull each other for dozens
 of turns: within a patch such a turn costs microseconds, between patches it costs Spark jobs.
 
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 MOST_TURNS = 2000
 """After so many half-sweeps of a patch the night goes on with what is over tau by then."""
 
-MOST_RATINGS = 20_000_000
-"""The same after so many ratings of solved rows, each counted whenever its row is solved: two
-seconds at rank 64."""
-
 
 @dataclass(frozen=True)
 class PatchSide:
@@ -48,12 +44,15 @@ class PatchSide:
         Those of the rows to look at, all of them; no rows where this side stands still.
     forced : bool (ratings.n_rows,)
         Rows to solve even where they are under the mark.
+    eager
+        Solve down to the mark at the first turn, even if no row proves to be over tau.
     """
 
     known: NDArray[np.int32]
     factors: NDArray[np.float32]
     ratings: RatingBlock = field(default_factory=lambda: concatenate([]))
     forced: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    eager: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,19 +103,28 @@ class SettledSide:
 def settle(
     solver: Solver,
     sides: Mapping[str, PatchSide],
+    tau: float,
     mark: float,
     grams: Mapping[str, NDArray[np.float64]],
+    spare: float = np.inf,
     most_turns: int = MOST_TURNS,
 ) -> dict[str, SettledSide]:
-    """Solve the rows of a patch until none is over the mark, within `most_turns` half-sweeps.
+    """Solve the rows of a patch until none is over tau, within `most_turns` half-sweeps.
+
+    An eager side at its first turn, and any side with a row over tau, is solved down to the mark.
+    In implicit mode every move disturbs every row a little, and going on and on would
+    be whole sweeps, which are better accelerated: hence `spare`.
 
     Parameters
     ----------
-    mark
-        Relative residual that a row is left alone under.
+    tau, mark
+        Relative residuals, mark <= tau.
     grams
         By side: float64 (rank, rank), X'X over the whole side before the patch; needed in
         implicit mode, where it follows the moves.
+    spare
+        Ratings of rows that may be solved after the first turn of their side, each counted
+        whenever its row is solved.
 
     Raises
     ------
@@ -125,14 +133,17 @@ def settle(
     """
     workers = {side: _Side(solver, side, sides, grams.get(side)) for side in SIDES}
     side = min(SIDES, key=lambda name: workers[name].ratings.n_ratings or np.inf)
+    solved = 0
     for _ in range(most_turns):
-        if sum(worker.solved_ratings for worker in workers.values()) > MOST_RATINGS:
-            break
         if not workers[side].stale.any():
             side = other_side(side)
             if not workers[side].stale.any():
                 break
-        moved = workers[side].turn(workers[other_side(side)], mark)
+        left = spare - solved if workers[side].turned else np.inf
+        before = workers[side].solved_ratings
+        moved = workers[side].turn(workers[other_side(side)], tau, mark, left)
+        if left < np.inf:
+            solved += workers[side].solved_ratings - before
         workers[other_side(side)].disturb(workers[side], moved)
         side = other_side(side)
     for side, worker in workers.items():  # of use where the turns ran out
@@ -159,6 +170,7 @@ class _Side:
         self.ratings = replace(mine.ratings, others=_places(mine.ratings.others, other.known))
         self.gram = gram_before
         self.forced = mine.forced.copy()
+        self.turned, self.eager = False, mine.eager
         self.stale, self.solved = np.ones(n, np.bool_), np.zeros(n, np.bool_)
         self.gradient_norm, self.b_norm = np.zeros(n), np.zeros(n)
         self.solved_rows = self.solved_ratings = self.scanned_ratings = 0
@@ -177,11 +189,17 @@ class _Side:
         )
         self.scanned_ratings += part.n_ratings
 
-    def turn(self, other: _Side, mark: float) -> NDArray[np.bool_]:
-        """Look at the stale rows and solve those over the mark; returns which were solved."""
+    def turn(self, other: _Side, tau: float, mark: float, most: float) -> NDArray[np.bool_]:
+        """Look at the stale rows, and if that asks for it solve the rows over the mark, unless
+        these have more than `most` ratings; returns which were solved."""
         self.look(other, self.stale)
-        over = relative_residual(self.gradient_norm, self.b_norm) > mark
-        needs = (self.stale & over) | self.forced
+        residual = relative_residual(self.gradient_norm, self.b_norm)
+        needs = self.forced.copy()
+        if (self.eager and not self.turned) or (residual > tau).any():
+            needs |= residual > mark
+        if np.diff(self.ratings.indptr)[needs].sum() > most:
+            needs[:] = False
+        self.turned = True
         self.stale[:] = False
         self.forced[:] = False
         part, places = self.ratings.rows(needs), self.places[needs]
