@@ -159,7 +159,7 @@ class Model:
             eager,
         )
 
-    def mend(self, spare=np.inf):
+    def mend(self):
         """The frontier loop, and whole sweeps when it takes too long."""
         looked = {side: set() for side in SIDES}
         for _ in range(40):
@@ -171,7 +171,7 @@ class Model:
             patch = {side: self.patch_side(side, rows[side], over[side]) for side in SIDES}
             grams = {side: self.gram(side) for side in SIDES}
             solver = Solver(self.objective, RANK, "float32")
-            settled = settle(solver, patch, TAU, MARK, grams, spare)
+            settled = settle(solver, patch, TAU, MARK, grams)
             for side in SIDES:
                 mine = settled[side]
                 assert not set(mine.push_slots.tolist()) & rows[side]

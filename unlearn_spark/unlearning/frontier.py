@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
 from unlearn_spark.als.blocks import SIDES, RatingBlock, concatenate, other_side
+from unlearn_spark.als.encoding import TASK_RATINGS
 from unlearn_spark.als.spark import (
     PART_SCHEMA,
     arrays_of,
@@ -515,7 +516,7 @@ class Frontier:
         ratings = sum(choice.ratings for choice in patch.values())
         n_parts = -(-ratings // self.execution.part_ratings)
         if len(patch) == 1:
-            n_parts = max(n_parts, min(self.parallelism, ratings // 1_000_000), 1)
+            n_parts = max(n_parts, min(self.parallelism, ratings // TASK_RATINGS), 1)
         keys = balanced_keys(n_parts)
         spare = max(SPARE_RATINGS, SPARE_SHARE * 2 * self.work.ratings)
         small = ratings <= BROADCAST_ROWS  # at most one needed row for each rating

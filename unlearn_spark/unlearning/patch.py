@@ -11,13 +11,13 @@ NumPy and the kernels; nothing here knows Spark.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import SIDES, RatingBlock, concatenate, other_side, raw
+from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side, raw
 from unlearn_spark.als.kernel import relative_residual, row_residuals
 from unlearn_spark.als.solver import OtherSide
 from unlearn_spark.unlearning.ledger import gram, moved_terms
@@ -50,8 +50,8 @@ class PatchSide:
 
     known: NDArray[np.int32]
     factors: NDArray[np.float32]
-    ratings: RatingBlock = field(default_factory=lambda: concatenate([]))
-    forced: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    ratings: RatingBlock
+    forced: NDArray[np.bool_]
     eager: bool = True
 
 
@@ -133,17 +133,13 @@ def settle(
     """
     workers = {side: _Side(solver, side, sides, grams.get(side)) for side in SIDES}
     side = min(SIDES, key=lambda name: workers[name].ratings.n_ratings or np.inf)
-    solved = 0
     for _ in range(most_turns):
         if not workers[side].stale.any():
             side = other_side(side)
             if not workers[side].stale.any():
                 break
-        left = spare - solved if workers[side].turned else np.inf
-        before = workers[side].solved_ratings
+        left = spare - sum(worker.again for worker in workers.values())
         moved = workers[side].turn(workers[other_side(side)], tau, mark, left)
-        if left < np.inf:
-            solved += workers[side].solved_ratings - before
         workers[other_side(side)].disturb(workers[side], moved)
         side = other_side(side)
     for side, worker in workers.items():  # of use where the turns ran out
@@ -173,6 +169,7 @@ class _Side:
         self.turned, self.eager = False, mine.eager
         self.stale, self.solved = np.ones(n, np.bool_), np.zeros(n, np.bool_)
         self.gradient_norm, self.b_norm = np.zeros(n), np.zeros(n)
+        self.again = 0  # ratings solved after the first turn
         self.solved_rows = self.solved_ratings = self.scanned_ratings = 0
 
     def look(self, other: _Side, keep: NDArray[np.bool_]) -> None:
@@ -191,14 +188,17 @@ class _Side:
 
     def turn(self, other: _Side, tau: float, mark: float, most: float) -> NDArray[np.bool_]:
         """Look at the stale rows, and if that asks for it solve the rows over the mark, unless
-        these have more than `most` ratings; returns which were solved."""
+        it is not the first turn and these have more than `most` ratings; returns which."""
         self.look(other, self.stale)
         residual = relative_residual(self.gradient_norm, self.b_norm)
         needs = self.forced.copy()
         if (self.eager and not self.turned) or (residual > tau).any():
             needs |= residual > mark
-        if np.diff(self.ratings.indptr)[needs].sum() > most:
+        ratings = int(np.diff(self.ratings.indptr)[needs].sum())
+        if self.turned and ratings > most:
             needs[:] = False
+        elif self.turned:
+            self.again += ratings
         self.turned = True
         self.stale[:] = False
         self.forced[:] = False
