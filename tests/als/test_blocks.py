@@ -98,6 +98,26 @@ def test_pieces_hold_whole_rows_and_join_to_the_block_in_any_order(triples, most
         np.testing.assert_array_equal(getattr(joined, name), getattr(block, name))
 
 
+@given(entries.filter(bool), st.integers(1, 50), st.randoms())
+def test_loose_ratings_join_to_the_block_in_any_order(triples, most, random):
+    block = block_of(triples)
+    random.shuffle(triples)
+    rows = []
+    for start in range(0, len(triples), most):
+        slots, others, values = zip(*triples[start : start + most], strict=True)
+        rows.append(
+            {
+                "slots": np.array(slots, np.int32).tobytes(),
+                "counts": None,
+                "others": np.array(others, np.int32).tobytes(),
+                "values": np.array(values, np.float32).tobytes(),
+            }
+        )
+    joined = RatingBlock.from_pieces(rows)
+    for name in ("slots", "indptr", "others", "values"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(block, name))
+
+
 @given(entries.filter(bool), st.randoms())
 def test_repeated_pairs_are_ordered_by_value(triples, random):
     twice = [*triples, *[(row, other, value + 1) for row, other, value in triples]]

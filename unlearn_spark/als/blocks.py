@@ -119,7 +119,17 @@ class RatingBlock:
 
     @classmethod
     def from_pieces(cls, rows: Sequence[Mapping[str, object]]) -> RatingBlock:
-        """The block whose pieces, in any order, are given as `to_binary` made them."""
+        """The block whose pieces, in any order, are given as `to_binary` made them.
+
+        Or as loose ratings: `counts` is None, and `slots` names the row of each rating.
+        """
+        if rows and rows[0]["counts"] is None:
+            kinds = {"slots": np.int32, "others": np.int32, "values": np.float32}
+            joined = {
+                name: np.concatenate([np.frombuffer(row[name], kind) for row in rows])  # type: ignore[call-overload]
+                for name, kind in kinds.items()
+            }
+            return cls.from_entries(joined["slots"], joined["others"], joined["values"])
         return concatenate([cls.from_binary(row) for row in rows])
 
     def rows(self, keep: NDArray[np.bool_]) -> RatingBlock:

@@ -6,12 +6,12 @@ dictionaries.
 
     ratings --> fragments with local codes --> dictionaries of all ids --> slots
                     |                                                        |
-                    +------------------- codes to slots ---------------------+--> parts of a side
+                    +------------------- codes to slots ---------------------+--> parts of both
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,12 +22,13 @@ from pyspark import TaskContext
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import RatingBlock, raw, split_into_chunks
+from unlearn_spark.als.blocks import PIECE_RATINGS, SIDES, other_side, raw, split_into_chunks
 from unlearn_spark.als.spark import (
     PART_SCHEMA,
     arrays_of,
     balanced_keys,
     binary_table,
+    part_of,
 )
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def fragment(ratings: DataFrame) -> DataFrame:
         `<side>_counts`: its ratings here.
     """
     schema = "fragment long, values binary"
-    for side in ("user", "item"):
+    for side in SIDES:
         kind = ratings.schema[f"{side}_id"].dataType.simpleString()
         schema += f", {side}_codes binary, {side}_ids array<{kind}>, {side}_counts array<int>"
     entries = ratings.select("user_id", "item_id", F.col("rating").cast("float").alias("rating"))
@@ -134,7 +135,7 @@ def _fragments(batches: Batches) -> Batches:
             "fragment": pa.array([(place << 32) | number], pa.int64()),
             "values": _one_binary(table["rating"].to_numpy(), np.float32),
         }
-        for side in ("user", "item"):
+        for side in SIDES:
             if table[f"{side}_id"].null_count or table["rating"].null_count:
                 raise ValueError("a rating has a null id or value; filter such rows out before")
             encoded = table[f"{side}_id"].combine_chunks().dictionary_encode()
@@ -188,88 +189,80 @@ def assign_slots(counted: DataFrame, n_blocks: int) -> DataFrame:
     )
 
 
+ENTRY_SCHEMA = f"side string, {PART_SCHEMA}"
+"""Loose ratings of the parts of both sides."""
+
+
 def encode(
-    fragments: DataFrame, users: DataFrame, items: DataFrame, layout: SideLayout
+    fragments: DataFrame,
+    dictionaries: Mapping[str, DataFrame],
+    layouts: Mapping[str, SideLayout],
 ) -> DataFrame:
-    """Rating parts of one side (columns of `PART_SCHEMA`), one row per piece.
+    """Every rating twice, as an entry of a user part and of an item part (`ENTRY_SCHEMA`).
 
     Parameters
     ----------
     fragments
         What `fragment` made.
-    users, items
-        Dictionaries with id and slot.
-    layout
-        Of the side whose rows the parts hold.
+    dictionaries
+        By side: id and slot.
+    layouts
+        By side.
     """
     slots = [
         local_ids(fragments, side)
-        .join(names.select("id", "slot"), "id")
+        .join(dictionaries[side].select("id", "slot"), "id")
         .select("fragment", F.lit(side).alias("side"), "code", "slot")
-        for side, names in (("user", users), ("item", items))
+        for side in SIDES
     ]
     # An alias is another column to Spark, which the two sides of a cogroup must not share.
     own = F.col("fragment").alias("fragment")
-    packed = (
+    return (
         fragments.select(own, "values", "user_codes", "item_codes")
         .groupBy("fragment")
         .cogroup(slots[0].unionByName(slots[1]).groupBy("fragment"))
-        .applyInArrow(_renumber(layout), PART_SCHEMA)
+        .applyInArrow(_renumber(layouts), ENTRY_SCHEMA)
     )
-    return _build(packed, layout)
 
 
-def _renumber(layout: SideLayout) -> Callable[[pa.Table, pa.Table], pa.Table]:
-    n_parts, keys = layout.n_parts, layout.keys
-    sides = ("user", "item") if layout.side == "user" else ("item", "user")
-
+def _renumber(layouts: Mapping[str, SideLayout]) -> Callable[[pa.Table, pa.Table], pa.Table]:
     def renumber(left: pa.Table, right: pa.Table) -> pa.Table:
         row = arrays_of(left)[0]
-        names = []
-        for side in sides:
+        names = {}
+        for side in SIDES:
             mine = right.filter(pa.compute.equal(right["side"], side))
             slots = np.empty(mine.num_rows, np.int32)
             slots[mine["code"].to_numpy()] = mine["slot"].to_numpy()
-            names.append(slots[np.frombuffer(row[f"{side}_codes"], np.int32)])
+            names[side] = slots[np.frombuffer(row[f"{side}_codes"], np.int32)]
         values = np.frombuffer(row["values"], np.float32)
-        return binary_table(_entries_by_part(names[0], names[1], values, n_parts, keys))
+        entries = [
+            {"side": side, **record}
+            for side in SIDES
+            for record in _entries_by_part(
+                names[side], names[other_side(side)], values, layouts[side]
+            )
+        ]
+        return binary_table(entries, side=pa.string())
 
     return renumber
 
 
-def transpose(parts: DataFrame, layout: SideLayout) -> DataFrame:
-    """The parts of the other side (`layout`) from the parts of one side."""
-    return _build(parts.mapInArrow(_transposer(layout.n_parts, layout.keys), PART_SCHEMA), layout)
+def place(entries: DataFrame, layout: SideLayout) -> DataFrame:
+    """The parts of one side (`PART_SCHEMA`), each in one partition, where sweeps will find it.
 
-
-def _build(packed: DataFrame, layout: SideLayout) -> DataFrame:
-    """Join the chunks of each part into one sorted block; partitioned by key, so that sweeps
-    find every part where it lies."""
-    built = packed.groupBy("key").applyInArrow(_join_chunks, PART_SCHEMA)
-    return built.repartition(layout.n_parts, "key")
-
-
-def _join_chunks(table: pa.Table) -> pa.Table:
-    rows = arrays_of(table)
-    if rows[0]["counts"] is None:
-        joined = [
-            np.concatenate([np.frombuffer(row[name], kind) for row in rows])
-            for name, kind in _ENTRY_KINDS
-        ]
-        block = RatingBlock.from_entries(*joined)
-    else:
-        block = RatingBlock.from_pieces(rows)
-    place = {"key": rows[0]["key"], "part": rows[0]["part"]}
-    return binary_table([{**place, **piece.to_binary()} for piece in block.pieces()])
-
-
-_ENTRY_KINDS = (("slots", np.int32), ("others", np.int32), ("values", np.float32))
+    Their ratings are loose: whoever reads a part sorts it (`RatingBlock.from_pieces`), and the
+    workers of a training keep it sorted (`local_parts`). To sort here would be a pass through
+    Python and a shuffle more.
+    """
+    own = entries.where(F.col("side") == layout.side).drop("side")
+    return own.repartition(layout.n_parts, "key")
 
 
 def _entries_by_part(
-    rows: np.ndarray, others: np.ndarray, values: np.ndarray, n_parts: int, keys: tuple[int, ...]
+    rows: np.ndarray, others: np.ndarray, values: np.ndarray, layout: SideLayout
 ) -> Iterator[dict]:
-    """Loose entries, one record per part that occurs."""
+    """Loose entries, in records of one part and at most `PIECE_RATINGS`."""
+    n_parts = layout.n_parts
     bounds = np.array([0, len(rows)])
     if n_parts > 1:
         part = (rows % n_parts).astype(np.uint16 if n_parts <= 65536 else np.uint32)
@@ -277,29 +270,17 @@ def _entries_by_part(
         rows, others, values = rows[order], others[order], values[order]
         bounds = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=n_parts))])
     for number in range(n_parts):
-        first, last = int(bounds[number]), int(bounds[number + 1])
-        if last > first:
+        stop = int(bounds[number + 1])
+        for first in range(int(bounds[number]), stop, PIECE_RATINGS):
+            last = min(stop, first + PIECE_RATINGS)
             yield {
-                "key": keys[number],
+                "key": layout.keys[number],
                 "part": number,
                 "slots": raw(rows[first:last], np.int32),
                 "counts": None,
                 "others": raw(others[first:last], np.int32),
                 "values": raw(values[first:last], np.float32),
             }
-
-
-def _transposer(n_parts: int, keys: tuple[int, ...]) -> Callable[[Batches], Batches]:
-    def turn(batches: Batches) -> Batches:
-        for batch in batches:
-            block = RatingBlock.from_pieces(arrays_of(batch))
-            entries = _entries_by_part(
-                block.others, block.entry_rows(), block.values, n_parts, keys
-            )
-            for record in entries:
-                yield from binary_table([record]).to_batches()
-
-    return turn
 
 
 CHUNK_SCHEMA = (
@@ -314,7 +295,7 @@ def stored_chunks(parts: DataFrame, layout: SideLayout) -> DataFrame:
     kinds = {"side": pa.string(), "block": pa.int32(), "chunk": pa.int32()}
 
     def cut(pieces: pa.Table) -> pa.Table:
-        part = RatingBlock.from_pieces(arrays_of(pieces))
+        part = part_of(pieces)[1]
         return binary_table(
             [
                 {"side": side, "block": block, "chunk": chunk, **ratings.to_binary()}

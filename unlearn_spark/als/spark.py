@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
 PART_SCHEMA = "key int, part int, slots binary, counts binary, others binary, values binary"
-"""Pieces of rating parts; `counts` is null in chunks of loose entries, where `slots` has one for
-each rating."""
+"""Pieces of rating parts: whole rows, or loose ratings, where `counts` is null and `slots` names
+the row of each (see `RatingBlock.from_pieces`)."""
 
 FACTOR_SCHEMA = "part int, slots binary, factors binary, gram binary, scalar double, missing int"
 """Factor rows of one part: int32 slots, float32 (n, rank) rows, their float64 Gram matrix where

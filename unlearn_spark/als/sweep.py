@@ -28,7 +28,6 @@ from unlearn_spark.als.spark import (
     binary_table,
     list_column,
     part_key,
-    part_of,
 )
 
 if TYPE_CHECKING:
@@ -220,14 +219,20 @@ def finish_side(
     own: DataFrame,
     other: DataFrame,
     other_slots: int,
+    reader: PartReader = SENT,
 ) -> DataFrame:
-    """One row per user or item (`ROW_SCHEMA`), its residual recomputed in float64."""
+    """One row per user or item (`ROW_SCHEMA`), its residual recomputed in float64.
+
+    There are no rows of a part whose ratings the reader does not find.
+    """
     messages = deliver(layout, other, own.select("part", "slots", "factors"))
 
     def scan(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return _empty(ROW_KINDS)
-        ratings = part_of(left)[1]
+        _, ratings = reader.read(left)
+        if ratings is None:
+            return _empty(ROW_KINDS)
         received = arrays_of(right)
         mine = next(message for message in received if message["own"])
         factors = np.frombuffer(mine["factors"], np.float32).reshape(-1, solver.rank)
@@ -253,7 +258,12 @@ def finish_side(
             }
         )
 
-    return parts.groupBy("key").cogroup(messages.groupBy("key")).applyInArrow(scan, ROW_SCHEMA)
+    return (
+        reader.ask(parts)
+        .groupBy("key")
+        .cogroup(messages.groupBy("key"))
+        .applyInArrow(scan, ROW_SCHEMA)
+    )
 
 
 def map_rows(

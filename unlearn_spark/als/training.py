@@ -32,6 +32,7 @@ from unlearn_spark.als.spark import (
 )
 from unlearn_spark.als.sweep import (
     ITERATE_SCHEMA,
+    SENT,
     factors_of,
     finish_side,
     iterate_row,
@@ -256,14 +257,12 @@ def encode_ratings(
         )
         for side in SIDES
     }
-    user_parts = encoding.encode(
-        fragments, dictionaries["user"], dictionaries["item"], layouts["user"]
-    ).persist()
-    item_parts = encoding.transpose(user_parts, layouts["item"]).persist()
-    item_parts.count()
-    for frame in (*counted.values(), fragments):
+    entries = encoding.encode(fragments, dictionaries, layouts).persist()
+    parts = {side: encoding.place(entries, layouts[side]).persist() for side in SIDES}
+    parts["user"].unionByName(parts["item"]).count()
+    for frame in (*counted.values(), fragments, entries):
         frame.unpersist()
-    return Encoded(layouts, dictionaries, {"user": user_parts, "item": item_parts}, n_ratings)
+    return Encoded(layouts, dictionaries, parts, n_ratings)
 
 
 def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str, tuple[Any, ...]]:
@@ -433,12 +432,19 @@ class Sweeper:
 
 
 def finish_rows(
-    encoded: Encoded, settings: AlsSettings, factors: dict[str, DataFrame]
+    encoded: Encoded, settings: AlsSettings, factors: dict[str, DataFrame], swept: bool = False
 ) -> dict[str, DataFrame]:
-    """Factor parts of both sides as rows with ids, residuals recomputed in float64; cached."""
+    """Factor parts of both sides as rows with ids, residuals recomputed in float64; cached.
+
+    Parameters
+    ----------
+    swept
+        A `Sweeper` has swept these ratings: they are looked for where it has left them.
+    """
     solver = solver_of(settings)
+    kept = swept and not encoded.fits_one_task
     rows = {}
-    for side in ("user", "item"):
+    for side in SIDES:
         scanned = finish_side(
             solver,
             encoded.parts[side],
@@ -446,9 +452,16 @@ def finish_rows(
             factors[side],
             factors[other_side(side)],
             encoded.layouts[other_side(side)].n_slots,
+            PartReader(encoded.token, side, sent=False) if kept else SENT,
         )
         names = encoded.dictionaries[side].select("slot", "id", "block")
         rows[side] = scanned.join(names, "slot").persist()
+    if kept:
+        found = aggregates_of(rows, F.count(F.lit(1)))
+        if any(found[side][0] != encoded.layouts[side].n_rows for side in SIDES):
+            for frame in rows.values():
+                frame.unpersist()
+            return finish_rows(encoded, settings, factors)
     return rows
 
 
@@ -494,7 +507,7 @@ def fit_factors(
     sweeper = Sweeper(encoded, settings, execution, on_sweep)
     anchor, other, converged = sweeper.run(start_iterate(encoded, settings, warm))
     factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
-    rows = finish_rows(encoded, settings, factors)
+    rows = finish_rows(encoded, settings, factors, swept=True)
     worst = max(largest_residual(frame) for frame in rows.values())
     reports = sweeper.reports
     summary = TrainingSummary.of(

@@ -498,9 +498,8 @@ class Night:
         )
         warm = names[encoded.anchor].join(frontier.current(encoded.anchor), "slot")
         anchor, other, _ = sweeper.run(start_iterate(encoded, als, warm.select("id", "factors")))
-        self.swept = finish_rows(
-            encoded, als, {encoded.anchor: anchor, other_side(encoded.anchor): other}
-        )
+        factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
+        self.swept = finish_rows(encoded, als, factors, swept=True)
         self.encoded = encoded
         sweeps = len(sweeper.reports)
         n_rows = sum(layout.n_rows for layout in layouts.values())
