@@ -57,7 +57,8 @@ class UnlearnSettings(_Section):
     tau: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Certificate: no row's relative residual on the retained ratings exceeds this."""
     lower_mark: float = Field(0.25, gt=0, le=1)
-    """A side that is worked on is solved down to `lower_mark * tau` (hysteresis)."""
+    """In explicit mode a side that is worked on is solved down to `lower_mark * tau` (hysteresis);
+    whole sweeps in place of rounds go down to it in either mode."""
     direct_rows: Literal["resolve", "threshold"] = "resolve"
     """Re-solve every row that itself lost a rating, or only those over tolerance."""
     max_rounds: int = Field(40, ge=1)

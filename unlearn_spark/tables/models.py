@@ -96,6 +96,11 @@ class ModelVersion:
         """The settings that its factors were fitted with."""
         return AlsSettings.model_validate(self.settings["als"])
 
+    @property
+    def training_sweeps(self) -> int:
+        """Sweeps of the training that it descends from; 0 where that is not known."""
+        return int(self.metrics.get("training_sweeps", self.metrics.get("sweeps", 0)))
+
     @classmethod
     def from_row(cls, row: Row) -> ModelVersion:
         values = row.asDict()

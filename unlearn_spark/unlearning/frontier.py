@@ -89,8 +89,9 @@ Places = Sequence[tuple[int, int]]
 MOST_PLACES = 512
 """Beyond this many chunks whole blocks are looked through."""
 
-MOST_SWEEPS = 4.0
-"""Work in rounds after which sweeping everything is thought to be cheaper."""
+MOST_SWEEPS, SHARE_OF_TRAINING = 4.0, 0.25
+"""Work in rounds after which sweeping everything is thought to be cheaper: so many sweeps, or this
+share of what the training took, where that was more."""
 
 MOST_MOVED = 8
 """Rounds of one side whose results are kept apart."""
@@ -192,6 +193,8 @@ class Frontier:
         tonight's included.
     ledger
         Both sides, columns of `LEDGER_COLUMNS`; after every step true bounds.
+    training_sweeps
+        Sweeps that the model's training took; 0 where that is not known.
     """
 
     solver: Solver
@@ -207,6 +210,16 @@ class Frontier:
     rounds: int = 0
     moved: dict[str, list[DataFrame]] = field(default_factory=lambda: {s: [] for s in SIDES})
     grams: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    training_sweeps: int = 0
+
+    @property
+    def mark(self) -> float:
+        """The residual over which rows of a patch are solved.
+
+        In implicit mode every move disturbs every row through the Gram matrix, so that to solve a
+        row early, for the sake of later rounds, makes the more work for the others.
+        """
+        return self.settings.tau if self.solver.objective.implicit_prefs else self.settings.mark
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -396,7 +409,8 @@ class Frontier:
             over = {side: state[side].over for side in SIDES if state[side].over}
             if not over:
                 return state
-            if self.rounds >= self.settings.max_rounds or self.work.sweeps > MOST_SWEEPS:
+            most_work = max(MOST_SWEEPS, SHARE_OF_TRAINING * self.training_sweeps)
+            if self.rounds >= self.settings.max_rounds or self.work.sweeps > most_work:
                 return None
             self.resolve(self._patch(state), over)
             rows = " and ".join(f"{n} {side}" for side, n in over.items())
@@ -408,7 +422,7 @@ class Frontier:
 
     def summary(self) -> dict[str, SideState]:
         """How each side stands."""
-        marked = bound_expression() > self.settings.mark
+        marked = bound_expression() > self.mark
         choices = {"marked": marked, "looked": F.col("looked"), "either": marked | F.col("looked")}
         aggregates = [
             F.count_if(bound_expression() > self.settings.tau).alias("over"),
@@ -550,10 +564,11 @@ class Frontier:
             wanted = self.current(side, F.broadcast(wanted) if small else wanted)
             messages.append(wanted.withColumn("side", F.lit(side)))
         placed = messages[0].unionByName(messages[1]).repartition(len(keys), "key")
+        levels = (self.settings.tau, self.mark)
         settled = (
             parts.groupBy("key")
             .cogroup(placed.groupBy("key"))
-            .applyInArrow(_settler(self.solver, self.settings, self.grams, spare, eager), _SETTLED)
+            .applyInArrow(_settler(self.solver, levels, self.grams, spare, eager), _SETTLED)
         )
         result = self._checkpoint(settled)
         parts.unpersist()
@@ -653,7 +668,7 @@ def _distinct_others(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBat
 
 def _settler(
     solver: Solver,
-    settings: UnlearnSettings,
+    levels: tuple[float, float],
     grams: dict[str, NDArray[np.float64]],
     spare: float,
     eager: Container[str],
@@ -671,7 +686,7 @@ def _settler(
             )
             for side in SIDES
         }
-        settled = settle(solver, sides, settings.tau, settings.mark, grams, spare)
+        settled = settle(solver, sides, *levels, grams, spare)
         return binary_table(
             [{"side": side, **settled[side].to_binary()} for side in SIDES], **_SETTLED_KINDS
         )

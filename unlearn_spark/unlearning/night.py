@@ -332,6 +332,7 @@ class Night:
             work=Work(self.als.rank, self.n_ratings, self.n_rows),
             progress=progress,
             grams=grams,
+            training_sweeps=model.training_sweeps,
         )
         self.gram_changes = gram_changes
         self.swept: dict[str, DataFrame] | None = None
@@ -560,7 +561,7 @@ class Night:
                 ratings_ingest_id=changes.ingest_id,
                 tombstones_version=changes.tombstones_version,
                 settings={**self.model.settings, "layouts": self.layouts},
-                metrics=metrics,
+                metrics={**metrics, "training_sweeps": self.model.training_sweeps},
                 certificate={
                     "tau": tau,
                     "max_residual": self.worst,
