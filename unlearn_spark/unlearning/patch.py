@@ -164,6 +164,7 @@ class _Side:
         self.slots = mine.ratings.slots
         self.places = _places(self.slots, mine.known)
         self.ratings = replace(mine.ratings, others=_places(mine.ratings.others, other.known))
+        self.entry_rows = np.repeat(np.arange(n, dtype=np.int32), np.diff(mine.ratings.indptr))
         self.gram = gram_before
         self.forced = mine.forced.copy()
         self.turned, self.eager = False, mine.eager
@@ -222,23 +223,24 @@ class _Side:
             return
         here = np.zeros(len(other.known), np.bool_)
         here[other.places[moved]] = True
-        rows = np.repeat(np.arange(len(self.stale)), np.diff(self.ratings.indptr))
-        self.stale[rows[here[self.ratings.others]]] = True
+        self.stale[self.entry_rows[here[self.ratings.others]]] = True
 
     def settled(self, other: _Side) -> SettledSide:
         """The end: what moved here, and what the other side's moves did to rows outside."""
-        moves = other.ratings.rows(other.solved)
-        places = other.places[other.solved]
-        pushes = moved_terms(
-            moves.indptr,
-            moves.others,
-            moves.values,
-            self.before,
-            other.factors[places],
-            other.before[places],
-            self.solver.objective,
-        )
-        gradient, b = pushes.norms()
+        gradient = b = np.zeros(len(self.known))
+        if other.solved.any():
+            moves = other.ratings.rows(other.solved)
+            places = other.places[other.solved]
+            pushes = moved_terms(
+                moves.indptr,
+                moves.others,
+                moves.values,
+                self.before,
+                other.factors[places],
+                other.before[places],
+                self.solver.objective,
+            )
+            gradient, b = pushes.norms()
         outside = np.ones(len(self.known), np.bool_)
         outside[self.places] = False
         pushed = np.flatnonzero(outside & (gradient > 0))
