@@ -125,8 +125,7 @@ def adopt_factors(
         # The factors alone: an iterate without history.
         iterate = parts[encoded.anchor].withColumn("history", F.col("factors"))
         anchor, other, converged = sweeper.run(iterate)
-        factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
-        rows = finish_rows(encoded, als, factors, swept=True)
+        rows = sweeper.finish(anchor, other)
         worst = max(largest_residual(frame) for frame in rows.values())
         sweeper.release()
         objective = reports[-1].objective

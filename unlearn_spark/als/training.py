@@ -412,6 +412,12 @@ class Sweeper:
                 self.held = [anchor, other]
                 return anchor, other, row["state"] == CONVERGED
 
+    def finish(self, anchor: DataFrame, other: DataFrame) -> dict[str, DataFrame]:
+        """What `run` returned, as rows (`finish_rows`)."""
+        encoded = self.encoded
+        factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
+        return finish_rows(encoded, self.settings, factors, swept=True)
+
     def release(self) -> None:
         """Drop the caches that the results stand on."""
         for frame in self.held:
@@ -506,8 +512,7 @@ def fit_factors(
             )
     sweeper = Sweeper(encoded, settings, execution, on_sweep)
     anchor, other, converged = sweeper.run(start_iterate(encoded, settings, warm))
-    factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
-    rows = finish_rows(encoded, settings, factors, swept=True)
+    rows = sweeper.finish(anchor, other)
     worst = max(largest_residual(frame) for frame in rows.values())
     reports = sweeper.reports
     summary = TrainingSummary.of(

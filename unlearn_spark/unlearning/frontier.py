@@ -404,12 +404,12 @@ class Frontier:
     def run(self) -> dict[str, SideState] | None:
         """Rounds until no bound exceeds tau; returns how the sides stand then, or None when the
         loop is not the cheaper way."""
+        most_work = max(MOST_SWEEPS, SHARE_OF_TRAINING * self.training_sweeps)
         while True:
             state = self.summary()
             over = {side: state[side].over for side in SIDES if state[side].over}
             if not over:
                 return state
-            most_work = max(MOST_SWEEPS, SHARE_OF_TRAINING * self.training_sweeps)
             if self.rounds >= self.settings.max_rounds or self.work.sweeps > most_work:
                 return None
             self.resolve(self._patch(state), over)

@@ -34,7 +34,6 @@ from unlearn_spark.als.training import (
     Encoded,
     Sweeper,
     aggregates_of,
-    finish_rows,
     largest_residual,
     solver_of,
     start_iterate,
@@ -499,8 +498,7 @@ class Night:
         )
         warm = names[encoded.anchor].join(frontier.current(encoded.anchor), "slot")
         anchor, other, _ = sweeper.run(start_iterate(encoded, als, warm.select("id", "factors")))
-        factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
-        self.swept = finish_rows(encoded, als, factors, swept=True)
+        self.swept = sweeper.finish(anchor, other)
         self.encoded = encoded
         sweeps = len(sweeper.reports)
         n_rows = sum(layout.n_rows for layout in layouts.values())
