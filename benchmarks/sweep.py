@@ -7,7 +7,7 @@ The contestants alternate on the same Delta table in the same session; seconds a
 less so. In implicit mode the library implicit sweeps the same ratings, already in its memory.
 A contestant's sweep is the difference of a longer and a one-sweep fit, divided by the sweeps in
 between; what is left of the short fit is its preparation. Memory is measured apart, in a process
-for each contestant.
+for each contestant, and as often: how much of its heap a JVM gives back differs from run to run.
 """
 
 from __future__ import annotations
@@ -131,12 +131,16 @@ def main(
             "sweep, s": sweep,
             "preparation, s": statistics.median(runs["short"]) - sweep,
         }
-        if memory and name in ("ours", "mllib"):
-            options = {"--users": users, "--items": items, "--ratings": ratings, "--rank": rank}
-            command = [sys.executable, __file__, "--only", name]
-            command += ["--implicit" if implicit else "--explicit"]
-            command += [str(word) for pair in options.items() for word in pair]
-            figures[name]["peak memory, GiB"] = common.peak_memory(command)
+    if memory:
+        for _ in range(rounds):
+            for name in ("ours", "mllib"):
+                options = {"--users": users, "--items": items, "--ratings": ratings, "--rank": rank}
+                command = [sys.executable, __file__, "--only", name]
+                command += ["--implicit" if implicit else "--explicit"]
+                command += [str(word) for pair in options.items() for word in pair]
+                raw[name].setdefault("memory", []).append(common.peak_memory(command))
+        for name in ("ours", "mllib"):
+            figures[name]["peak memory, GiB"] = statistics.median(raw[name]["memory"])
     ratios = {
         name: {key: theirs[key] / value for key, value in figures["ours"].items() if key in theirs}
         for name, theirs in figures.items()

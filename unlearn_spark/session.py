@@ -50,7 +50,7 @@ _STATIC_DEFAULTS = {
     # Checksums by the processor's own instruction: Adler32, the default, is a pass of its own.
     "spark.shuffle.checksum.algorithm": "CRC32C",
     # Rows are few and of up to a megabyte: a sort of them would not fill the default's 64.
-    "spark.buffer.pageSize": "4m",
+    "spark.buffer.pageSize": "500k",
 }
 
 _DEFAULTS = {

@@ -19,7 +19,7 @@ def files():
     return sorted(Path(SparkFiles.getRootDirectory()).glob("unlearn-spark-*/*.arrow"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ratings(spark):
     random = np.random.default_rng(3)
     users, items = np.nonzero(random.random((30, 20)) < 0.4)
@@ -59,11 +59,16 @@ def test_parts_are_sent_once_and_files_go_with_the_fit(ratings, monkeypatch):
     assert not files()
 
 
-@pytest.mark.parametrize("lost", ["all", "a user part", "an item part"])
-def test_parts_that_are_missing_are_sent_again(ratings, lost):
+@pytest.fixture(scope="module")
+def expected(ratings):
     whole = fit(ratings)
-    expected = factors(whole)
+    found = factors(whole)
     whole.release()
+    return found
+
+
+@pytest.mark.parametrize("lost", ["all", "a user part", "an item part"])
+def test_parts_that_are_missing_are_sent_again(ratings, expected, lost):
 
     def lose(report):
         if lost == "all":

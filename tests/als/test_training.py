@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unlearn_spark.als.initial import initial_factors
-from unlearn_spark.als.spark import batches_by_rows
+from unlearn_spark.als.spark import session_conf
 from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError
@@ -159,12 +159,12 @@ def test_no_ratings_is_said(spark):
         fit_factors(empty, AlsSettings())
 
 
-def test_batches_limited_by_rows_leave_the_session_as_it_was(spark):
-    key = "spark.sql.execution.arrow.maxBytesPerBatch"
-    before = spark.conf.get(key, None)
-    with batches_by_rows(spark):
-        assert int(spark.conf.get(key)) == 2**31 - 1
-    assert spark.conf.get(key, None) == before
-    with pytest.raises(RuntimeError), batches_by_rows(spark):
+def test_settings_of_a_step_leave_the_session_as_it_was(spark):
+    ours = {"spark.sql.shuffle.partitions": "3", "spark.unlearn.of.nobody": "7"}
+    before = {key: spark.conf.get(key, None) for key in ours}
+    with session_conf(spark, ours):
+        assert {key: spark.conf.get(key) for key in ours} == ours
+    assert {key: spark.conf.get(key, None) for key in ours} == before
+    with pytest.raises(RuntimeError), session_conf(spark, ours):
         raise RuntimeError
-    assert spark.conf.get(key, None) == before
+    assert {key: spark.conf.get(key, None) for key in ours} == before

@@ -18,11 +18,11 @@ from pyspark.sql import functions as F
 from unlearn_spark.als.blocks import SIDES, other_side
 from unlearn_spark.als.spark import (
     FACTOR_SCHEMA,
-    binary_table,
     part_key,
     part_of,
+    pieces_table,
 )
-from unlearn_spark.als.sweep import FACTOR_KINDS, sweep_anchor
+from unlearn_spark.als.sweep import FACTOR_KINDS, objective_of, sweep_anchor
 from unlearn_spark.als.training import (
     Encoded,
     FitResult,
@@ -207,7 +207,7 @@ def _starting_parts(encoded: Encoded, als: AlsSettings, side: str, given: DataFr
         table = right.sort_by("slot")  # the order of the ratings' rows
         x = starting_rows(table, als, side)
         penalty = solver.penalty(ratings, x)
-        return binary_table([solver.factor_row(part, ratings.slots, x, penalty)])
+        return pieces_table(solver.factor_rows(part, ratings.slots, x, penalty))
 
     return (
         encoded.parts[side]
@@ -228,5 +228,4 @@ def _objective(encoded: Encoded, als: AlsSettings, parts: dict[str, DataFrame]) 
         encoded.layouts[other].n_slots,
         parts[side].select("part", "slots", F.col("factors").alias("history")),
     )
-    shares = state.select("quadratic", "penalty").collect()
-    return math.fsum(share["quadratic"] for share in shares) + shares[0]["penalty"]
+    return objective_of(state.select("quadratic", "penalty").collect())

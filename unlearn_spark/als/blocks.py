@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 SIDES = ("user", "item")
 """In the order of every tuple and table that has something for both."""
 
-PIECE_RATINGS = 65_536
-"""Ratings in one piece (0.5 MB), so that the largest array in the JVM does not grow with a part."""
+PIECE_RATINGS = 16_384
+"""Ratings in one piece (0.2 MB), so that the largest array in the JVM does not grow with a part."""
 
 CHUNK_RATINGS = 32_768
 """Ratings in one stored chunk: what has to be read to see the ratings of a single row."""

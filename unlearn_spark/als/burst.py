@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -198,10 +199,10 @@ def results_of(solver: Solver, last: DataFrame) -> tuple[DataFrame, DataFrame]:
     """Factor parts (`FACTOR_SCHEMA`) of the anchor and of the other side after the last burst."""
 
     def side(slots: str, rows: str) -> DataFrame:
-        def take(row: dict[str, Any]) -> dict[str, Any]:
+        def take(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
             found = np.frombuffer(row[slots], np.int32)
             factors = np.frombuffer(row[rows], np.float32)[: len(found) * solver.rank]
-            return solver.factor_row(row["part"], found, factors.reshape(-1, solver.rank), 0.0)
+            return solver.factor_rows(row["part"], found, factors.reshape(-1, solver.rank), 0.0)
 
         return map_rows(last, take, FACTOR_SCHEMA)
 

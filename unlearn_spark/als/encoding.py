@@ -1,25 +1,24 @@
 """From a table of ratings to rating blocks spread over a session, once per training.
 
 The ratings are packed into binary fragments where they are read, and only such arrays are shuffled:
-never single ratings. The ids are replaced by slots (see `blocks`) through the fragments' own short
-dictionaries.
+never single ratings, nor single ids. The ids are replaced by slots (see `blocks`) through the
+fragments' own short dictionaries, which meet by block and are numbered there.
 
-    ratings --> fragments with local codes --> dictionaries of all ids --> slots
-                    |                                                        |
-                    +------------------- codes to slots ---------------------+--> parts of both
+    ratings --> fragments with local codes --> dictionaries, cut by block --> slots
+                    |                                                          |
+                    +-------------------- codes to slots ----------------------+--> parts of both
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 from pyspark import TaskContext
-from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from unlearn_spark.als.blocks import PIECE_RATINGS, SIDES, other_side, raw, split_into_chunks
@@ -28,16 +27,18 @@ from unlearn_spark.als.spark import (
     arrays_of,
     balanced_keys,
     binary_table,
+    list_of,
     part_of,
+    pieces_table,
 )
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from pyspark.sql import Column, DataFrame
 
 Batches = Iterable[pa.RecordBatch]
 
 PACK_RATINGS = 1_000_000
-"""Ratings of one fragment: few, large messages (12 MB), and ids are hashed once for so many."""
+"""Ratings of one fragment: ids are hashed once for so many."""
 
 ROWS_PER_BLOCK = 16_384
 """Rows of one storage block where the number of blocks is chosen from the data: 4 MB at rank 64."""
@@ -64,6 +65,9 @@ class SideLayout:
         Tasks; divides `n_blocks`.
     n_slots
         Slots run from 0 to this, exclusive; some stay empty.
+    first_place, n_places
+        The parts lie in the partitions from `first_place` on, of so many in all: one exchange
+        may place the parts of both sides.
     """
 
     side: str
@@ -71,11 +75,14 @@ class SideLayout:
     n_blocks: int
     n_parts: int
     n_slots: int
+    first_place: int
+    n_places: int
 
     @property
     def keys(self) -> tuple[int, ...]:
         """The grouping key of each part; Spark hashes these to one partition each."""
-        return balanced_keys(self.n_parts)
+        places = balanced_keys(self.n_places)
+        return places[self.first_place : self.first_place + self.n_parts]
 
 
 def choose_blocks(n_rows: int, parallelism: int, wanted: int | None) -> int:
@@ -111,16 +118,22 @@ def fragment(ratings: DataFrame) -> DataFrame:
     Returns
     -------
     DataFrame
-        One row for about `PACK_RATINGS` ratings. fragment: its number; values: float32 (n,);
-        for either side `<side>_codes`: int32 (n,), `<side>_ids`: the id of each code, and
-        `<side>_counts`: its ratings here.
+        A fragment of about `PACK_RATINGS` ratings is several rows. fragment: its number; values:
+        float32 (n,), for either side `<side>_codes`: int32 (n,), n at most `PIECE_RATINGS`. And
+        in one of its rows, else null: `<side>_ids`: the id of each code, `<side>_hashes`: their
+        xxhash64, `<side>_counts`: int32, their ratings in the fragment.
     """
     schema = "fragment long, values binary"
     for side in SIDES:
         kind = ratings.schema[f"{side}_id"].dataType.simpleString()
-        schema += f", {side}_codes binary, {side}_ids array<{kind}>, {side}_counts array<int>"
+        schema += f", {side}_codes binary, {side}_counts binary, {side}_ids array<{kind}>"
     entries = ratings.select("user_id", "item_id", F.col("rating").cast("float").alias("rating"))
-    return entries.mapInArrow(_fragments, schema)
+    hashes = {f"{side}_hashes": F.transform(f"{side}_ids", _hash) for side in SIDES}
+    return entries.mapInArrow(_fragments, schema).withColumns(hashes)
+
+
+def _hash(id: Column) -> Column:
+    return F.xxhash64(id)
 
 
 def _fragments(batches: Batches) -> Batches:
@@ -131,20 +144,26 @@ def _fragments(batches: Batches) -> Batches:
 
     def flush() -> Iterator[pa.RecordBatch]:
         table = pa.Table.from_batches(waiting)
-        columns: dict[str, pa.Array] = {
-            "fragment": pa.array([(place << 32) | number], pa.int64()),
-            "values": _one_binary(table["rating"].to_numpy(), np.float32),
-        }
-        for side in SIDES:
-            if table[f"{side}_id"].null_count or table["rating"].null_count:
-                raise ValueError("a rating has a null id or value; filter such rows out before")
-            encoded = table[f"{side}_id"].combine_chunks().dictionary_encode()
-            codes = encoded.indices.to_numpy()
-            counts = np.bincount(codes, minlength=len(encoded.dictionary)).astype(np.int32)
-            columns[f"{side}_codes"] = _one_binary(codes, np.int32)
-            columns[f"{side}_ids"] = _one_list(encoded.dictionary)
-            columns[f"{side}_counts"] = _one_list(pa.array(counts))
-        yield from pa.table(columns).to_batches()
+        if any(column.null_count for column in table.columns):
+            raise ValueError("a rating has a null id or value; filter such rows out before")
+        values = table["rating"].to_numpy()
+        names = {side: table[f"{side}_id"].combine_chunks().dictionary_encode() for side in SIDES}
+        codes = {side: names[side].indices.to_numpy() for side in SIDES}
+        for first in range(0, len(values), PIECE_RATINGS):
+            piece = slice(first, first + PIECE_RATINGS)
+            columns: dict[str, pa.Array] = {
+                "fragment": pa.array([(place << 32) | number], pa.int64()),
+                "values": _one_binary(values[piece], np.float32),
+            }
+            for side in SIDES:
+                ids = names[side].dictionary
+                counts, named = pa.nulls(1, pa.binary()), pa.nulls(1, pa.list_(ids.type))
+                if first == 0:
+                    counts = _one_binary(np.bincount(codes[side], minlength=len(ids)), np.int32)
+                    named = list_of(ids)
+                columns[f"{side}_codes"] = _one_binary(codes[side][piece], np.int32)
+                columns[f"{side}_counts"], columns[f"{side}_ids"] = counts, named
+            yield from pa.table(columns).to_batches()
 
     for batch in batches:
         waiting.append(batch)
@@ -161,31 +180,131 @@ def _one_binary(values: np.ndarray, dtype: type[np.generic]) -> pa.Array:
     return pa.array([bytes(raw(values, dtype))], pa.binary())
 
 
-def _one_list(values: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+def estimate_rows(fragments: DataFrame) -> dict[str, int]:
+    """About how many distinct ids each side has (to 5%); 0 only where there are no ratings."""
+    named = [
+        F.struct(F.lit(side).alias("side"), F.col(f"{side}_hashes").alias("hashes"))
+        for side in SIDES
+    ]
+    hashes = fragments.select(F.explode(F.array(*named)).alias("of")).select(
+        "of.side", F.explode("of.hashes").alias("hash")
+    )
+    counts = [
+        F.approx_count_distinct(F.when(F.col("side") == side, F.col("hash"))) for side in SIDES
+    ]
+    row = hashes.agg(*counts).first()
+    assert row is not None
+    return dict(zip(SIDES, row, strict=True))
 
 
-def local_ids(fragments: DataFrame, side: str) -> DataFrame:
-    """(fragment, code, id, n): the dictionaries of the fragments, one row for each entry."""
-    zipped = F.arrays_zip(F.col(f"{side}_ids").alias("id"), F.col(f"{side}_counts").alias("n"))
-    return fragments.select("fragment", F.posexplode(zipped).alias("code", "entry")).select(
-        "fragment", "code", "entry.id", "entry.n"
+def number(fragments: DataFrame, side: str, n_blocks: int) -> DataFrame:
+    """Number the ids of one side, in each block by falling degree, then id.
+
+    Returns
+    -------
+    DataFrame
+        One row a block with all its ids: block, ids (in order of their positions), n_ratings:
+        array<int>. And one a fragment and block, without ids, that translates the fragment's
+        codes: fragment, block, codes: int32 (n,), slots: int32 (n,).
+    """
+    kind = fragments.schema[f"{side}_ids"].dataType.simpleString()
+
+    def cut(batches: Batches) -> Batches:
+        for batch in batches:
+            for row in range(batch.num_rows):
+                yield from _cut_by_block(batch.slice(row, 1), n_blocks)
+
+    cut_by_block = (
+        fragments.where(F.col(f"{side}_ids").isNotNull())
+        .select(
+            "fragment",
+            F.col(f"{side}_counts").alias("counts"),
+            F.col(f"{side}_ids").alias("ids"),
+            F.col(f"{side}_hashes").alias("hashes"),
+        )
+        .mapInArrow(cut, f"block int, fragment long, codes binary, counts binary, ids {kind}")
+    )
+    schema = (
+        f"fragment long, block int, codes binary, slots binary, ids {kind}, n_ratings array<int>"
+    )
+    return cut_by_block.groupBy("block").applyInArrow(
+        lambda pieces: _number_block(pieces, n_blocks), schema
     )
 
 
-def count_ratings(fragments: DataFrame, side: str) -> DataFrame:
-    """(id, n_ratings) of one side."""
-    return local_ids(fragments, side).groupBy("id").agg(F.sum("n").cast("int").alias("n_ratings"))
+def _cut_by_block(fragment: pa.RecordBatch, n_blocks: int) -> Iterator[pa.RecordBatch]:
+    """A fragment's dictionary, one record for each block that has ids in it."""
+    blocks = fragment["hashes"].flatten().to_numpy() % n_blocks
+    ids = fragment["ids"].flatten()
+    counts = np.frombuffer(arrays_of(fragment.select(["counts"]))[0]["counts"], np.int32)
+    order = np.argsort(blocks, kind="stable")
+    bounds = np.searchsorted(blocks[order], np.arange(n_blocks + 1))
+    for block in np.flatnonzero(np.diff(bounds)):
+        codes = order[bounds[block] : bounds[block + 1]]
+        yield pa.RecordBatch.from_pydict(
+            {
+                "block": pa.array([block], pa.int32()),
+                "fragment": fragment["fragment"],
+                "codes": _one_binary(codes, np.int32),
+                "counts": _one_binary(counts[codes], np.int32),
+                "ids": list_of(ids.take(pa.array(codes))),
+            }
+        )
 
 
-def assign_slots(counted: DataFrame, n_blocks: int) -> DataFrame:
-    """(id, n_ratings, block, slot): positions within a block by falling degree, then id."""
-    block = F.pmod(F.xxhash64("id"), F.lit(n_blocks)).cast("int")
-    position = F.row_number().over(
-        Window.partitionBy("block").orderBy(F.desc("n_ratings"), F.asc("id"))
-    )
-    return counted.withColumn("block", block).withColumn(
-        "slot", ((position - 1) * F.lit(n_blocks) + F.col("block")).cast("int")
+def _number_block(pieces: pa.Table, n_blocks: int) -> pa.Table:
+    block = pieces["block"][0].as_py()
+    named = pa.chunked_array([chunk.flatten() for chunk in pieces["ids"].chunks])
+    named = named.combine_chunks().dictionary_encode()
+    own = named.indices.to_numpy()
+    rows = arrays_of(pieces.select(["fragment", "codes", "counts"]))
+    counts = np.concatenate([np.frombuffer(row["counts"], np.int32) for row in rows])
+    n_ratings = np.bincount(own, weights=counts).astype(np.int32)
+    order = pa.compute.sort_indices(
+        pa.table({"n_ratings": n_ratings, "id": named.dictionary}),
+        [("n_ratings", "descending"), ("id", "ascending")],
+    ).to_numpy()
+    slots = np.empty(len(order), np.int32)
+    slots[order] = np.arange(len(order)) * n_blocks + block
+    lists = {"ids": pieces.schema.field("ids").type, "n_ratings": pa.list_(pa.int32())}
+    tables = [
+        pa.table(
+            {
+                "fragment": pa.nulls(1, pa.int64()),
+                "block": pa.array([block], pa.int32()),
+                "codes": pa.nulls(1, pa.binary()),
+                "slots": pa.nulls(1, pa.binary()),
+                "ids": list_of(named.dictionary.take(pa.array(order))).cast(lists["ids"]),
+                "n_ratings": list_of(pa.array(n_ratings[order])).cast(lists["n_ratings"]),
+            }
+        )
+    ]
+    first = 0
+    for row in rows:
+        last = first + len(row["codes"]) // 4
+        columns = {
+            "fragment": pa.array([row["fragment"]], pa.int64()),
+            "block": pa.array([block], pa.int32()),
+            "codes": pa.array([row["codes"].to_pybytes()], pa.binary()),
+            "slots": _one_binary(slots[own[first:last]], np.int32),
+        }
+        tables.append(pa.table(columns | {name: pa.nulls(1, lists[name]) for name in lists}))
+        first = last
+    return pa.concat_tables(tables)
+
+
+def dictionary(numbered: DataFrame, n_blocks: int) -> DataFrame:
+    """(id, n_ratings, block, slot) of one side, from what `number` made."""
+    entries = F.arrays_zip(F.col("ids").alias("id"), F.col("n_ratings").alias("n_ratings"))
+    return (
+        numbered.where(F.col("ids").isNotNull())
+        .select("block", F.posexplode(entries).alias("position", "entry"))
+        .select(
+            "entry.id",
+            "entry.n_ratings",
+            "block",
+            (F.col("position") * n_blocks + F.col("block")).cast("int").alias("slot"),
+        )
     )
 
 
@@ -195,24 +314,28 @@ ENTRY_SCHEMA = f"side string, {PART_SCHEMA}"
 
 def encode(
     fragments: DataFrame,
-    dictionaries: Mapping[str, DataFrame],
+    numbered: Mapping[str, DataFrame],
     layouts: Mapping[str, SideLayout],
 ) -> DataFrame:
     """Every rating twice, as an entry of a user part and of an item part (`ENTRY_SCHEMA`).
+
+    Each part's entries are in its own partition, where sweeps will find them. They are loose:
+    whoever reads a part sorts it (`RatingBlock.from_pieces`), and the workers of a training keep
+    it sorted (`local_parts`). To sort here would be a pass through Python and a shuffle more.
 
     Parameters
     ----------
     fragments
         What `fragment` made.
-    dictionaries
-        By side: id and slot.
+    numbered
+        By side: what `number` made of them.
     layouts
         By side.
     """
     slots = [
-        local_ids(fragments, side)
-        .join(dictionaries[side].select("id", "slot"), "id")
-        .select("fragment", F.lit(side).alias("side"), "code", "slot")
+        numbered[side]
+        .where(F.col("fragment").isNotNull())
+        .select("fragment", F.lit(side).alias("side"), "codes", "slots")
         for side in SIDES
     ]
     # An alias is another column to Spark, which the two sides of a cogroup must not share.
@@ -222,40 +345,42 @@ def encode(
         .groupBy("fragment")
         .cogroup(slots[0].unionByName(slots[1]).groupBy("fragment"))
         .applyInArrow(_renumber(layouts), ENTRY_SCHEMA)
+        .repartition(layouts["user"].n_places, "key")
     )
+
+
+def entries_of(entries: DataFrame, side: str) -> DataFrame:
+    """The parts of one side (`PART_SCHEMA`), placed as they are."""
+    return entries.where(F.col("side") == side).drop("side")
 
 
 def _renumber(layouts: Mapping[str, SideLayout]) -> Callable[[pa.Table, pa.Table], pa.Table]:
     def renumber(left: pa.Table, right: pa.Table) -> pa.Table:
-        row = arrays_of(left)[0]
+        pieces, translations = arrays_of(left), arrays_of(right)
         names = {}
         for side in SIDES:
-            mine = right.filter(pa.compute.equal(right["side"], side))
-            slots = np.empty(mine.num_rows, np.int32)
-            slots[mine["code"].to_numpy()] = mine["slot"].to_numpy()
-            names[side] = slots[np.frombuffer(row[f"{side}_codes"], np.int32)]
-        values = np.frombuffer(row["values"], np.float32)
-        entries = [
-            {"side": side, **record}
-            for side in SIDES
-            for record in _entries_by_part(
-                names[side], names[other_side(side)], values, layouts[side]
-            )
-        ]
-        return binary_table(entries, side=pa.string())
+            mine = [row for row in translations if row["side"] == side]
+            codes = _joined(mine, "codes", np.int32)
+            slots = np.empty(len(codes), np.int32)
+            slots[codes] = _joined(mine, "slots", np.int32)
+            names[side] = slots[_joined(pieces, f"{side}_codes", np.int32)]
+        values = _joined(pieces, "values", np.float32)
+        return pieces_table(
+            (
+                {"side": side, **record}
+                for side in SIDES
+                for record in _entries_by_part(
+                    names[side], names[other_side(side)], values, layouts[side]
+                )
+            ),
+            side=pa.string(),
+        )
 
     return renumber
 
 
-def place(entries: DataFrame, layout: SideLayout) -> DataFrame:
-    """The parts of one side (`PART_SCHEMA`), each in one partition, where sweeps will find it.
-
-    Their ratings are loose: whoever reads a part sorts it (`RatingBlock.from_pieces`), and the
-    workers of a training keep it sorted (`local_parts`). To sort here would be a pass through
-    Python and a shuffle more.
-    """
-    own = entries.where(F.col("side") == layout.side).drop("side")
-    return own.repartition(layout.n_parts, "key")
+def _joined(rows: Sequence[Mapping[str, Any]], name: str, dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate([np.frombuffer(row[name], dtype) for row in rows])
 
 
 def _entries_by_part(

@@ -5,7 +5,7 @@ Nothing here knows Spark: `sweep`, `burst` and the unlearning patches bring the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 from unlearn_spark.als.acceleration import curvature_weights, history_products, mix
 from unlearn_spark.als.blocks import RatingBlock, raw
 from unlearn_spark.als.kernel import Objective, relative_residual, solve_rows
+
+MESSAGE_BYTES = 131_072
+"""Factors in one row of a table that travels. Objects of megabytes are more than half a region of
+the JVM's heap, for which its collector (G1) looks for room at once and lets the heap grow."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +70,51 @@ class Solver:
         wide = factors.astype(np.float64)
         return (wide.T @ wide).tobytes()
 
-    def factor_row(
+    def factor_rows(
         self, part: int, slots: NDArray[np.int32], factors: NDArray[np.float32], scalar: float
-    ) -> dict[str, Any]:
-        """One row of `spark.FACTOR_SCHEMA`."""
-        return {
-            "part": part,
-            "slots": raw(slots, np.int32),
-            "factors": raw(factors, np.float32),
-            "gram": self.gram(factors),
-            "scalar": scalar,
-            "missing": 0,
-        }
+    ) -> Iterator[dict[str, Any]]:
+        """The rows of `spark.FACTOR_SCHEMA` that carry a part's factors; the first the scalar."""
+        for own, stack in cut_stack(slots, factors[None]):
+            yield {
+                "part": part,
+                "slots": raw(own, np.int32),
+                "factors": raw(stack, np.float32),
+                "gram": self.gram(stack[0]),
+                "scalar": scalar,
+                "missing": 0,
+            }
+            scalar = 0.0
 
     def missing_row(self, part: int) -> dict[str, Any]:
         """The same for a part without its ratings."""
         slots, factors = np.zeros(0, np.int32), np.zeros((0, self.rank), np.float32)
-        return {**self.factor_row(part, slots, factors, 0.0), "missing": 1}
+        return {**next(self.factor_rows(part, slots, factors, 0.0)), "missing": 1}
+
+
+def cut_stack(
+    slots: NDArray[np.int32], stack: NDArray[np.float32]
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+    """A stack float32 (h, n, rank) as stacks of fewer rows, each of `MESSAGE_BYTES` at most or of
+    one row; `joined_stack` undoes it."""
+    rows = max(1, MESSAGE_BYTES // (4 * stack.shape[0] * stack.shape[2]))
+    for first in range(0, max(1, len(slots)), rows):
+        yield slots[first : first + rows], stack[:, first : first + rows]
+
+
+def joined_stack(
+    messages: Sequence[dict[str, Any]], rank: int, name: str = "factors"
+) -> NDArray[np.float32]:
+    """The stack float32 (h, n, rank), rows by slot, from the messages of a part in any order."""
+    stacks = []
+    for row in sorted(messages, key=_first_slot):
+        n = len(row["slots"]) // 4
+        stacks.append(np.frombuffer(row[name], np.float32).reshape(-1, n, rank))
+    return stacks[0] if len(stacks) == 1 else np.concatenate(stacks, axis=1)
+
+
+def _first_slot(message: dict[str, Any]) -> int:
+    slots = np.frombuffer(message["slots"], np.int32)
+    return int(slots[0]) if len(slots) else -1
 
 
 @dataclass(frozen=True)
@@ -107,7 +139,8 @@ class OtherSide:
     @classmethod
     def from_messages(cls, messages: list[dict[str, Any]], rank: int, n_slots: int) -> OtherSide:
         messages = [row for row in messages if not row.get("own", False)]
-        messages.sort(key=lambda row: row["part"])  # one order of every sum
+        # One order of every sum.
+        messages.sort(key=lambda row: (row["part"], _first_slot(row)))
         dense = np.zeros((n_slots, rank), np.float32)
         gram: NDArray[np.float64] | None = None
         for row in messages:

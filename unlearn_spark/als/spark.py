@@ -82,6 +82,17 @@ def _binary_array(values: list[Any]) -> pa.Array:
     return pa.array([None if v is None else bytes(v) for v in values], type=pa.binary())
 
 
+def pieces_table(rows: Iterable[Mapping[str, Any]], **kinds: pa.DataType) -> pa.Table:
+    """The same as `binary_table`, but of one batch a row, so that nothing is copied and the JVM
+    holds no more than a row at a time."""
+    return pa.concat_tables([binary_table([row], **kinds) for row in rows])
+
+
+def list_of(values: pa.Array) -> pa.Array:
+    """A column of one list."""
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
 def list_column(matrix: np.ndarray) -> pa.Array:
     """A float32 (n, rank) matrix as a column of type array<float>, without a copy."""
     n, rank = matrix.shape
@@ -114,23 +125,30 @@ def gram_of(rows: DataFrame, rank: int) -> np.ndarray:
     return total
 
 
-@contextmanager
-def batches_by_rows(spark: SparkSession) -> Iterator[None]:
-    """Plans made inside hand rows to Python in batches that the number of rows alone limits.
+NARROW_ROWS = {"spark.sql.execution.arrow.maxBytesPerBatch": str(2**31 - 1)}
+"""Hand rows to Python in batches that the number of rows alone limits. Spark 4.1 also limits their
+bytes, and to do so adds up the sizes of all vectors after every row: with rows of three numbers
+that takes longer than all the rest."""
 
-    Spark 4.1 also limits their bytes, and to do so adds up the sizes of all vectors after every
-    row: with rows of three numbers that takes longer than all the rest. For narrow rows only.
-    """
-    key = "spark.sql.execution.arrow.maxBytesPerBatch"
-    before = spark.conf.get(key, None)
-    spark.conf.set(key, str(2**31 - 1))
+LARGE_ROWS = {"spark.sql.inMemoryColumnarStorage.batchSize": "1"}
+"""Cache every row by itself. Else their bytes are gathered in buffers of up to 4 MB that grow step
+by step, and objects of that size make the JVM's heap grow (see `solver.MESSAGE_BYTES`)."""
+
+
+@contextmanager
+def session_conf(spark: SparkSession, conf: Mapping[str, str]) -> Iterator[None]:
+    """Plans that are made and run inside have these settings, and the session its own again."""
+    before = {key: spark.conf.get(key, None) for key in conf}
+    for key, value in conf.items():
+        spark.conf.set(key, value)
     try:
         yield
     finally:
-        if before is None:
-            spark.conf.unset(key)
-        else:
-            spark.conf.set(key, before)
+        for key, old in before.items():
+            if old is None:
+                spark.conf.unset(key)
+            else:
+                spark.conf.set(key, old)
 
 
 def session_parallelism(spark: SparkSession) -> int:

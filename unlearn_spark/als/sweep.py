@@ -10,7 +10,8 @@ they are solved for, the residuals and the objective of the iterate come out for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,17 +22,26 @@ from pyspark.sql import functions as F
 from unlearn_spark.als.blocks import chunk_numbers, raw
 from unlearn_spark.als.kernel import row_residuals
 from unlearn_spark.als.local_parts import PartReader
-from unlearn_spark.als.solver import OtherSide, Solver, mixed, solve_anchor
+from unlearn_spark.als.solver import (
+    AnchorSweep,
+    OtherSide,
+    Solver,
+    cut_stack,
+    joined_stack,
+    mixed,
+    solve_anchor,
+)
 from unlearn_spark.als.spark import (
     FACTOR_SCHEMA,
     arrays_of,
     binary_table,
     list_column,
     part_key,
+    pieces_table,
 )
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from pyspark.sql import DataFrame, Row
 
     from unlearn_spark.als.encoding import SideLayout
 
@@ -39,14 +49,15 @@ STATE_SCHEMA = (
     "part int, slots binary, history binary, quadratic double, penalty double, "
     "worst double, products binary, missing int"
 )
-"""The anchor's part after a sweep. `history` is float32 (2h, n, rank): g and f = g - y of the
-newest sweep, then of the one before, and so on. `quadratic` and `penalty` add up to the objective,
-`worst` is the largest residual of y, `products` the part's share of the acceleration's matrix,
-`missing` the number of parts, this and the other side's, whose ratings were not found: then the
-other columns mean nothing."""
+"""Rows of the anchor after a sweep. `history` is float32 (2h, n, rank): g and f = g - y of the
+newest sweep, then of the one before, and so on. The scalars stand in one of a part's rows, the
+others have 0: `quadratic` and `penalty` (see `objective_of`), `worst`, the largest residual of y,
+`products`, the part's share of the acceleration's matrix (else empty), and `missing`, the number of
+parts, this and the other side's, whose ratings were not found: then the other columns mean
+nothing."""
 
 ITERATE_SCHEMA = f"{FACTOR_SCHEMA}, history binary"
-"""The anchor's part before a sweep: y, and as `history` float32 (1 + 2h, n, rank) y again with the
+"""Rows of the anchor before a sweep: y, and as `history` float32 (1 + 2h, n, rank) y again with the
 (g, f) pairs that stay."""
 
 ROW_SCHEMA = (
@@ -82,7 +93,7 @@ def deliver(to: SideLayout, other: DataFrame, own: DataFrame | None = None) -> D
             "missing": F.lit(0),
         }
         messages = messages.unionByName(own.withColumns(mine).select(columns))
-    return messages.repartition(to.n_parts, "key")
+    return messages.repartition(to.n_places, "key")
 
 
 def solve_side(
@@ -104,7 +115,7 @@ def solve_side(
         seen = OtherSide.from_messages(arrays_of(right), solver.rank, other_slots)
         factors = solver.solve(ratings, seen, None).factors
         penalty = solver.penalty(ratings, factors)
-        return binary_table([solver.factor_row(part, ratings.slots, factors, penalty)])
+        return pieces_table(solver.factor_rows(part, ratings.slots, factors, penalty))
 
     return (
         reader.ask(parts)
@@ -137,24 +148,10 @@ def sweep_anchor(
         if ratings is None:
             return binary_table([missing_state(part)])
         received = arrays_of(right)
-        own = next(message for message in received if message["own"])
         seen = OtherSide.from_messages(received, solver.rank, other_slots)
-        stack = np.frombuffer(own["factors"], np.float32).reshape(-1, ratings.n_rows, solver.rank)
+        stack = joined_stack([message for message in received if message["own"]], solver.rank)
         found = solve_anchor(solver, ratings, seen, stack)
-        return binary_table(
-            [
-                {
-                    "part": part,
-                    "slots": raw(ratings.slots, np.int32),
-                    "history": raw(found.history, np.float32),
-                    "quadratic": found.quadratic,
-                    "penalty": found.penalty,
-                    "worst": found.worst,
-                    "products": found.products.tobytes(),
-                    "missing": seen.missing,
-                }
-            ]
-        )
+        return pieces_table(state_rows(part, ratings.slots, found, seen.missing))
 
     return (
         reader.ask(parts)
@@ -164,11 +161,37 @@ def sweep_anchor(
     )
 
 
+def state_rows(
+    part: int, slots: NDArray[np.int32], found: AnchorSweep, missing: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of `STATE_SCHEMA` that carry a part's state."""
+    scalars = {
+        "quadratic": found.quadratic,
+        "penalty": found.penalty,
+        "worst": found.worst,
+        "products": found.products.tobytes(),
+        "missing": missing,
+    }
+    for own, history in cut_stack(slots, found.history):
+        yield {
+            "part": part,
+            "slots": raw(own, np.int32),
+            "history": raw(history, np.float32),
+            **scalars,
+        }
+        scalars = {**dict.fromkeys(scalars, 0), "products": b""}
+
+
 def missing_state(part: int) -> dict[str, Any]:
     """A row of `STATE_SCHEMA` for a part without its ratings."""
-    arrays = dict.fromkeys(("slots", "history", "products"), b"")
-    row = {**arrays, "part": part, "quadratic": 0.0, "penalty": 0.0, "worst": 0.0, "missing": 1}
-    return {name: row[name] for name in STATE_KINDS}
+    nothing = AnchorSweep(np.zeros((1, 0, 1), np.float32), 0.0, 0.0, 0.0, np.zeros(0))
+    return next(state_rows(part, np.zeros(0, np.int32), nothing, 1))
+
+
+def objective_of(scalars: Sequence[Row]) -> float:
+    """The objective of an iterate from the columns quadratic and penalty of its `STATE_SCHEMA`:
+    every part has its own share of the first, and all of the second."""
+    return math.fsum(row["quadratic"] for row in scalars) + max(row["penalty"] for row in scalars)
 
 
 def next_iterate(
@@ -191,20 +214,22 @@ def next_iterate(
     """
     rank, nonnegative = solver.rank, solver.objective.nonnegative
 
-    def combine(rows: dict[str, Any]) -> dict[str, Any]:
-        n = len(rows["slots"]) // 4
-        history = np.frombuffer(rows["history"], np.float32).reshape(-1, n, rank)
+    def combine(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        slots = np.frombuffer(row["slots"], np.int32)
+        history = joined_stack([row], rank, "history")
         stack = mixed(history, weights, keep, drop_newest, nonnegative)
-        return iterate_row(solver, rows["part"], np.frombuffer(rows["slots"], np.int32), stack)
+        return iterate_rows(solver, row["part"], slots, stack)
 
     return map_rows(state, combine, ITERATE_SCHEMA)
 
 
-def iterate_row(
+def iterate_rows(
     solver: Solver, part: int, slots: NDArray[np.int32], stack: NDArray[np.float32]
-) -> dict[str, Any]:
-    """A row of `ITERATE_SCHEMA` from y and its history, float32 (1 + 2h, n, rank)."""
-    return {**solver.factor_row(part, slots, stack[0], 0.0), "history": raw(stack, np.float32)}
+) -> Iterator[dict[str, Any]]:
+    """Rows of `ITERATE_SCHEMA` from y and its history, float32 (1 + 2h, n, rank)."""
+    for own, piece in cut_stack(slots, stack):
+        row = next(solver.factor_rows(part, own, piece[0], 0.0))
+        yield {**row, "history": raw(piece, np.float32)}
 
 
 def factors_of(iterate: DataFrame) -> DataFrame:
@@ -234,8 +259,7 @@ def finish_side(
         if ratings is None:
             return _empty(ROW_KINDS)
         received = arrays_of(right)
-        mine = next(message for message in received if message["own"])
-        factors = np.frombuffer(mine["factors"], np.float32).reshape(-1, solver.rank)
+        factors = joined_stack([row for row in received if row["own"]], solver.rank)[0]
         seen = OtherSide.from_messages(received, solver.rank, other_slots)
         gradient, b_norm = row_residuals(
             ratings.indptr,
@@ -267,14 +291,14 @@ def finish_side(
 
 
 def map_rows(
-    frame: DataFrame, function: Callable[[dict[str, Any]], dict[str, Any]], schema: str
+    frame: DataFrame, function: Callable[[dict[str, Any]], Iterable[dict[str, Any]]], schema: str
 ) -> DataFrame:
-    """Apply a function to every (large, binary) row."""
+    """Apply a function that yields rows to every (large, binary) row."""
 
     def apply(batches: Any) -> Any:
         for batch in batches:
             for row in arrays_of(batch):
-                yield from binary_table([function(row)]).to_batches()
+                yield from pieces_table(function(row)).to_batches()
 
     return frame.mapInArrow(apply, schema)
 

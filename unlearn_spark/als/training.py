@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pyspark import StorageLevel
 from pyspark.sql import functions as F
 
 from unlearn_spark.als import encoding
@@ -24,10 +25,12 @@ from unlearn_spark.als.kernel import Objective
 from unlearn_spark.als.local_parts import PartReader, drop
 from unlearn_spark.als.solver import Solver
 from unlearn_spark.als.spark import (
-    batches_by_rows,
-    binary_table,
+    LARGE_ROWS,
+    NARROW_ROWS,
     materialise,
     matrix_of,
+    pieces_table,
+    session_conf,
     session_parallelism,
 )
 from unlearn_spark.als.sweep import (
@@ -35,8 +38,9 @@ from unlearn_spark.als.sweep import (
     SENT,
     factors_of,
     finish_side,
-    iterate_row,
+    iterate_rows,
     next_iterate,
+    objective_of,
     solve_side,
     sweep_anchor,
 )
@@ -140,9 +144,11 @@ class Encoded:
     dictionaries
         By side: id, n_ratings, block, slot.
     parts
-        By side: rating parts, cached and placed.
+        By side: rating parts, placed.
     n_ratings
         Over all.
+    held
+        The caches on which these frames stand.
     token
         Names the files in which workers keep the parts.
     """
@@ -151,6 +157,7 @@ class Encoded:
     dictionaries: dict[str, DataFrame]
     parts: dict[str, DataFrame]
     n_ratings: int
+    held: list[DataFrame]
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -168,7 +175,7 @@ class Encoded:
         """Drop the caches and the workers' files."""
         if not self.fits_one_task:
             drop([frame.select("key") for frame in self.parts.values()], self.token)
-        for frame in (*self.parts.values(), *self.dictionaries.values()):
+        for frame in self.held:
             frame.unpersist()
 
 
@@ -231,38 +238,50 @@ def encode_ratings(
     InputError
         There are no ratings.
     """
+    with session_conf(ratings.sparkSession, LARGE_ROWS):
+        return _encode(ratings, settings, execution)
+
+
+def _encode(ratings: DataFrame, settings: AlsSettings, execution: ExecutionSettings) -> Encoded:
     parallelism = session_parallelism(ratings.sparkSession)
-    with batches_by_rows(ratings.sparkSession):
+    with session_conf(ratings.sparkSession, NARROW_ROWS):
         fragments = encoding.fragment(ratings).persist()
-        counted = {side: encoding.count_ratings(fragments, side).persist() for side in SIDES}
-        sizes = aggregates_of(counted, F.count(F.lit(1)), F.coalesce(F.sum("n_ratings"), F.lit(0)))
-    n_ratings = sizes["user"][1]
-    if n_ratings == 0:
+        estimates = encoding.estimate_rows(fragments)
+    if not estimates["user"]:
+        fragments.unpersist()
         raise InputError("there are no ratings to train on; ingest some first")
     wanted = {"user": settings.user_blocks, "item": settings.item_blocks}
     n_blocks = {
-        side: encoding.choose_blocks(sizes[side][0], parallelism, wanted[side]) for side in SIDES
+        side: encoding.choose_blocks(estimates[side], parallelism, wanted[side]) for side in SIDES
     }
-    dictionaries = {
-        side: encoding.assign_slots(counted[side], n_blocks[side]).persist() for side in SIDES
+    numbered = {side: encoding.number(fragments, side, n_blocks[side]).persist() for side in SIDES}
+    dictionaries = {side: encoding.dictionary(numbered[side], n_blocks[side]) for side in SIDES}
+    sizes = aggregates_of(dictionaries, F.count(F.lit(1)), F.max("slot"), F.sum("n_ratings"))
+    n_ratings = sizes["user"][2]
+    n_parts = {
+        side: encoding.choose_parts(n_ratings, n_blocks[side], execution.part_ratings, parallelism)
+        for side in SIDES
     }
-    last = aggregates_of(dictionaries, F.max("slot"))
+    together = max(n_parts.values()) == 1  # a single task sweeps all: in one partition
+    first = {"user": 0, "item": 0 if together else n_parts["user"]}
     layouts = {
         side: SideLayout(
             side,
-            sizes[side][0],
-            n_blocks[side],
-            encoding.choose_parts(n_ratings, n_blocks[side], execution.part_ratings, parallelism),
-            last[side][0] + 1,
+            n_rows=sizes[side][0],
+            n_blocks=n_blocks[side],
+            n_parts=n_parts[side],
+            n_slots=sizes[side][1] + 1,
+            first_place=first[side],
+            n_places=1 if together else sum(n_parts.values()),
         )
         for side in SIDES
     }
-    entries = encoding.encode(fragments, dictionaries, layouts).persist()
-    parts = {side: encoding.place(entries, layouts[side]).persist() for side in SIDES}
-    parts["user"].unionByName(parts["item"]).count()
-    for frame in (*counted.values(), fragments, entries):
-        frame.unpersist()
-    return Encoded(layouts, dictionaries, parts, n_ratings)
+    # On disk: the first sweep reads them, and then the workers have files of their own.
+    entries = encoding.encode(fragments, numbered, layouts).persist(StorageLevel.DISK_ONLY)
+    entries.count()
+    fragments.unpersist()
+    parts = {side: encoding.entries_of(entries, side) for side in SIDES}
+    return Encoded(layouts, dictionaries, parts, n_ratings, [entries, *numbered.values()])
 
 
 def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str, tuple[Any, ...]]:
@@ -295,7 +314,7 @@ def start_iterate(
         table = table.sort_by("slot")
         slots = table["slot"].to_numpy().astype(np.int32)
         y = starting_rows(table, settings, side)
-        return binary_table([iterate_row(solver, table["part"][0].as_py(), slots, y[None])])
+        return pieces_table(iterate_rows(solver, table["part"][0].as_py(), slots, y[None]))
 
     return rows.groupBy("part").applyInArrow(start, ITERATE_SCHEMA)
 
@@ -346,9 +365,10 @@ class Sweeper:
             if any(row["missing"] for row in scalars):
                 other, state, scalars = self._sweep(y, iterate, True)
                 missed += 1
-            objective = math.fsum(row["quadratic"] for row in scalars) + scalars[0]["penalty"]
+            objective = objective_of(scalars)
             worst = max(row["worst"] for row in scalars)
-            products = np.sum([np.frombuffer(row["products"]) for row in scalars], axis=0)
+            shares = [np.frombuffer(row["products"]) for row in scalars if row["products"]]
+            products = np.sum(shares, axis=0)
             size = math.isqrt(len(products))
             self._report(number, objective, worst, time.perf_counter() - started)
             if worst <= self.settings.tol:

@@ -485,13 +485,19 @@ class Night:
                 frontier.parallelism,
             )
             layout = SideLayout(
-                side, self.rows[side].count(), n_blocks, n_parts, self.layouts[side]["n_slots"]
+                side,
+                n_rows=self.rows[side].count(),
+                n_blocks=n_blocks,
+                n_parts=n_parts,
+                n_slots=self.layouts[side]["n_slots"],
+                first_place=0,
+                n_places=n_parts,
             )
             every = frontier.ledger.where(F.col("side") == side)
             layouts[side] = layout
             parts[side] = frontier.ratings_of(side, every, layout.keys).persist()
             names[side] = self.rows[side].select("id", "n_ratings", "block", "slot")
-        encoded = Encoded(layouts, names, parts, self.n_ratings)
+        encoded = Encoded(layouts, names, parts, self.n_ratings, [*parts.values()])
         als = self.als.model_copy(update={"tol": self.settings.unlearn.mark})
         sweeper = Sweeper(
             encoded, als, self.settings.execution, lambda report: self.progress(report.line())
