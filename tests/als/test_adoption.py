@@ -9,12 +9,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from pyspark.ml.recommendation import ALS
+from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from unlearn_spark.als.adoption import adopt_factors
-from unlearn_spark.als.training import largest_residual
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError, SettingsError
+from unlearn_spark.tables.factors import bound_expression
 from unlearn_spark.tables.foreign import read_factors
 
 EXECUTION = ExecutionSettings()
@@ -72,7 +73,9 @@ def test_converged_factors_of_mllib_solve_our_equations(rated, more):
     als = AlsSettings(rank=RANK, reg_param=0.1, **more)
     users, items = (as_ours(side) for side in mllib(rated, als, 60))
     adopted = adopt_factors(rated, users, items, als, EXECUTION)
-    residuals = {side: largest_residual(rows) for side, rows in adopted.rows.items()}
+    residuals = {
+        side: rows.agg(F.max(bound_expression())).first()[0] for side, rows in adopted.rows.items()
+    }
     assert residuals["user"] < 1e-5
     assert residuals["item"] < 1e-3
     assert adopted.summary.max_residual == adopted.residual_before == max(residuals.values())

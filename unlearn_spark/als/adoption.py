@@ -114,7 +114,7 @@ def adopt_factors(
 
     parts = {side: _starting_parts(encoded, als, side, given[side]).persist() for side in SIDES}
     rows = finish_rows(encoded, als, parts)
-    before = max(largest_residual(frame) for frame in rows.values())
+    before = largest_residual(rows)
     if on_scan is not None:
         on_scan(before)
     reports: list[SweepReport] = []
@@ -126,7 +126,7 @@ def adopt_factors(
         iterate = parts[encoded.anchor].withColumn("history", F.col("factors"))
         anchor, other, converged = sweeper.run(iterate)
         rows = sweeper.finish(anchor, other)
-        worst = max(largest_residual(frame) for frame in rows.values())
+        worst = largest_residual(rows)
         sweeper.release()
         objective = reports[-1].objective
     else:
@@ -202,7 +202,7 @@ def _starting_parts(encoded: Encoded, als: AlsSettings, side: str, given: DataFr
 
     def start(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
-            return pa.table({name: pa.array([], kind) for name, kind in FACTOR_KINDS.items()})
+            return pa.schema(FACTOR_KINDS).empty_table()
         part, ratings = part_of(left)
         table = right.sort_by("slot")  # the order of the ratings' rows
         x = starting_rows(table, als, side)

@@ -108,7 +108,7 @@ def solve_side(
 
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
-            return _empty(FACTOR_KINDS)
+            return pa.schema(FACTOR_KINDS).empty_table()
         part, ratings = reader.read(left)
         if ratings is None:
             return binary_table([solver.missing_row(part)])
@@ -143,7 +143,7 @@ def sweep_anchor(
 
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
-            return _empty(STATE_KINDS)
+            return pa.schema(STATE_KINDS).empty_table()
         part, ratings = reader.read(left)
         if ratings is None:
             return binary_table([missing_state(part)])
@@ -254,10 +254,10 @@ def finish_side(
 
     def scan(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
-            return _empty(ROW_KINDS)
+            return pa.schema(ROW_KINDS).empty_table()
         _, ratings = reader.read(left)
         if ratings is None:
-            return _empty(ROW_KINDS)
+            return pa.schema(ROW_KINDS).empty_table()
         received = arrays_of(right)
         factors = joined_stack([row for row in received if row["own"]], solver.rank)[0]
         seen = OtherSide.from_messages(received, solver.rank, other_slots)
@@ -330,7 +330,3 @@ ROW_KINDS = {
     "factor_norm": pa.float64(),
     "factors": pa.list_(pa.float32()),
 }
-
-
-def _empty(kinds: dict[str, pa.DataType]) -> pa.Table:
-    return pa.table({name: pa.array([], kind) for name, kind in kinds.items()})

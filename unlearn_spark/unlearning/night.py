@@ -454,7 +454,7 @@ class Night:
         else:
             sweeps = self._sweep()
             assert self.swept is not None
-            worst = max(largest_residual(rows) for rows in self.swept.values())
+            worst = largest_residual(self.swept)
             solved = {side: self.swept[side].count() for side in SIDES}
             blocks = {side: list(range(self.layouts[side]["n_blocks"])) for side in SIDES}
         self.blocks, self.worst, self.n_solved = blocks, worst, sum(solved.values())
