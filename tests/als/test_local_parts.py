@@ -69,7 +69,6 @@ def expected(ratings):
 
 @pytest.mark.parametrize("lost", ["all", "a user part", "an item part"])
 def test_parts_that_are_missing_are_sent_again(ratings, expected, lost):
-
     def lose(report):
         if lost == "all":
             for directory in {path.parent for path in files()}:

@@ -28,6 +28,7 @@ from unlearn_spark.als.spark import (
     balanced_keys,
     binary_table,
     list_of,
+    one_binary,
     part_of,
     pieces_table,
 )
@@ -153,15 +154,15 @@ def _fragments(batches: Batches) -> Batches:
             piece = slice(first, first + PIECE_RATINGS)
             columns: dict[str, pa.Array] = {
                 "fragment": pa.array([(place << 32) | number], pa.int64()),
-                "values": _one_binary(values[piece], np.float32),
+                "values": one_binary(raw(values[piece], np.float32)),
             }
             for side in SIDES:
                 ids = names[side].dictionary
                 counts, named = pa.nulls(1, pa.binary()), pa.nulls(1, pa.list_(ids.type))
                 if first == 0:
-                    counts = _one_binary(np.bincount(codes[side], minlength=len(ids)), np.int32)
+                    counts = one_binary(raw(np.bincount(codes[side], minlength=len(ids)), np.int32))
                     named = list_of(ids)
-                columns[f"{side}_codes"] = _one_binary(codes[side][piece], np.int32)
+                columns[f"{side}_codes"] = one_binary(raw(codes[side][piece], np.int32))
                 columns[f"{side}_counts"], columns[f"{side}_ids"] = counts, named
             yield from pa.table(columns).to_batches()
 
@@ -174,10 +175,6 @@ def _fragments(batches: Batches) -> Batches:
             number += 1
     if size:
         yield from flush()
-
-
-def _one_binary(values: np.ndarray, dtype: type[np.generic]) -> pa.Array:
-    return pa.array([bytes(raw(values, dtype))], pa.binary())
 
 
 def estimate_rows(fragments: DataFrame) -> dict[str, int]:
@@ -245,8 +242,8 @@ def _cut_by_block(fragment: pa.RecordBatch, n_blocks: int) -> Iterator[pa.Record
             {
                 "block": pa.array([block], pa.int32()),
                 "fragment": fragment["fragment"],
-                "codes": _one_binary(codes, np.int32),
-                "counts": _one_binary(counts[codes], np.int32),
+                "codes": one_binary(raw(codes, np.int32)),
+                "counts": one_binary(raw(counts[codes], np.int32)),
                 "ids": list_of(ids.take(pa.array(codes))),
             }
         )
@@ -258,7 +255,7 @@ def _number_block(pieces: pa.Table, n_blocks: int) -> pa.Table:
     named = named.combine_chunks().dictionary_encode()
     own = named.indices.to_numpy()
     rows = arrays_of(pieces.select(["fragment", "codes", "counts"]))
-    counts = np.concatenate([np.frombuffer(row["counts"], np.int32) for row in rows])
+    counts = _joined(rows, "counts", np.int32)
     n_ratings = np.bincount(own, weights=counts).astype(np.int32)
     order = pa.compute.sort_indices(
         pa.table({"n_ratings": n_ratings, "id": named.dictionary}),
@@ -285,8 +282,8 @@ def _number_block(pieces: pa.Table, n_blocks: int) -> pa.Table:
         columns = {
             "fragment": pa.array([row["fragment"]], pa.int64()),
             "block": pa.array([block], pa.int32()),
-            "codes": pa.array([row["codes"].to_pybytes()], pa.binary()),
-            "slots": _one_binary(slots[own[first:last]], np.int32),
+            "codes": one_binary(row["codes"]),
+            "slots": one_binary(raw(slots[own[first:last]], np.int32)),
         }
         tables.append(pa.table(columns | {name: pa.nulls(1, lists[name]) for name in lists}))
         first = last

@@ -70,25 +70,31 @@ class Solver:
         wide = factors.astype(np.float64)
         return (wide.T @ wide).tobytes()
 
+    def factor_row(
+        self, part: int, slots: NDArray[np.int32], factors: NDArray[np.float32], scalar: float
+    ) -> dict[str, Any]:
+        """One row of `spark.FACTOR_SCHEMA`."""
+        return {
+            "part": part,
+            "slots": raw(slots, np.int32),
+            "factors": raw(factors, np.float32),
+            "gram": self.gram(factors),
+            "scalar": scalar,
+            "missing": 0,
+        }
+
     def factor_rows(
         self, part: int, slots: NDArray[np.int32], factors: NDArray[np.float32], scalar: float
     ) -> Iterator[dict[str, Any]]:
-        """The rows of `spark.FACTOR_SCHEMA` that carry a part's factors; the first the scalar."""
+        """The rows that carry a part's factors; the first has the scalar."""
         for own, stack in cut_stack(slots, factors[None]):
-            yield {
-                "part": part,
-                "slots": raw(own, np.int32),
-                "factors": raw(stack, np.float32),
-                "gram": self.gram(stack[0]),
-                "scalar": scalar,
-                "missing": 0,
-            }
+            yield self.factor_row(part, own, stack[0], scalar)
             scalar = 0.0
 
     def missing_row(self, part: int) -> dict[str, Any]:
         """The same for a part without its ratings."""
         slots, factors = np.zeros(0, np.int32), np.zeros((0, self.rank), np.float32)
-        return {**next(self.factor_rows(part, slots, factors, 0.0)), "missing": 1}
+        return {**self.factor_row(part, slots, factors, 0.0), "missing": 1}
 
 
 def cut_stack(

@@ -76,10 +76,15 @@ def binary_table(rows: Iterable[Mapping[str, Any]], **kinds: pa.DataType) -> pa.
 def _binary_array(values: list[Any]) -> pa.Array:
     """A binary column from buffers; a single value is wrapped without a copy."""
     if len(values) == 1 and values[0] is not None:
-        data = pa.py_buffer(values[0])
-        offsets = pa.py_buffer(np.array([0, data.size], np.int32))
-        return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, data])
+        return one_binary(values[0])
     return pa.array([None if v is None else bytes(v) for v in values], type=pa.binary())
+
+
+def one_binary(value: Any) -> pa.Array:
+    """A column of one binary value that stands on the given buffer."""
+    data = pa.py_buffer(value)
+    offsets = pa.py_buffer(np.array([0, data.size], np.int32))
+    return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, data])
 
 
 def pieces_table(rows: Iterable[Mapping[str, Any]], **kinds: pa.DataType) -> pa.Table:

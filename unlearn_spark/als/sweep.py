@@ -228,7 +228,7 @@ def iterate_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of `ITERATE_SCHEMA` from y and its history, float32 (1 + 2h, n, rank)."""
     for own, piece in cut_stack(slots, stack):
-        row = next(solver.factor_rows(part, own, piece[0], 0.0))
+        row = solver.factor_row(part, own, piece[0], 0.0)
         yield {**row, "history": raw(piece, np.float32)}
 
 
