@@ -69,13 +69,13 @@ def test_blocked_fit_equals_the_textbook_for_any_blocks_and_ids(spark, implicit)
         implicit_prefs=implicit,
         alpha=2.0,
         memory=0,
-        max_sweeps=5,
+        max_sweeps=3,
         tol=1e-12,
         dtype="float64",
     )
     hashes = spark.range(25).selectExpr("xxhash64(id)").toPandas().to_numpy().ravel()
     y = initial_factors(hashes, 4, settings.seed, "item").astype(np.float64)
-    x, y = textbook(users, items, values, np.zeros((41, 4)), y, settings, 5)
+    x, y = textbook(users, items, values, np.zeros((41, 4)), y, settings, 3)
     for blocks, kind in [(1, "bigint"), (2, "string"), (3, "bigint"), (60, "bigint")]:
         result = fit_factors(
             frame(spark, users, items, values, kind),
@@ -85,7 +85,7 @@ def test_blocked_fit_equals_the_textbook_for_any_blocks_and_ids(spark, implicit)
         )
         assert {layout.n_parts for layout in result.encoded.layouts.values()} == {min(blocks, 4)}
         (ids, _), scores = predictions(result)
-        assert result.summary.sweeps == 5
+        assert result.summary.sweeps == 3
         if kind == "bigint":  # the start follows the id, so a string id starts elsewhere
             np.testing.assert_allclose(scores, x[ids] @ y.T, rtol=2e-4, atol=2e-4)
         objectives = [report["objective"] for report in result.summary.history]

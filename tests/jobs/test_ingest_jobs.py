@@ -165,17 +165,12 @@ def test_generated_file_as_a_script(suffix, tmp_path):
     assert read(path).column_names == ["user_id", "item_id", "rating", "rated_at"]
 
 
-def test_ingest_jobs_as_scripts(tmp_path):
+def test_an_ingest_job_as_a_script(tmp_path):
     source = tmp_path / "r.csv"
     source.write_text("user_id,item_id,rating,rated_at\na,b,3,2020-01-01\n")
-    root = ("--root", tmp_path / "t")
-    done = _script("ingest_ratings", *root, "--input", source, "--format", "csv")
+    done = _script("ingest_ratings", "--root", tmp_path / "t", "--input", source, "--format", "csv")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["ratings_written"] == 1
-    source.write_text("request_id,scope,user_id\n1,user,a\n")
-    done = _script("ingest_tombstones", *root, "--input", source)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["accepted"] == 1
 
 
 def _script(name, *arguments):

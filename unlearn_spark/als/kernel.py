@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import lapack
-from scipy.optimize import nnls
 
 from unlearn_spark.errors import SettingsError
 
@@ -538,6 +537,8 @@ def solve_nonnegative(A: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray
 
 
 def _active_set(A: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    from scipy.optimize import nnls  # seldom needed, and 20 MB in every worker
+
     eigenvalues, vectors = _scaled_spectrum(A)
     root = np.sqrt(eigenvalues)
     x, _ = nnls(root[:, None] * vectors.T, (vectors.T @ b) / root, maxiter=30 * len(b))

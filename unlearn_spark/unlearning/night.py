@@ -41,7 +41,8 @@ from unlearn_spark.als.training import (
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.unlearning import requests
-from unlearn_spark.unlearning.frontier import LEDGER_COLUMNS, Frontier, Work
+from unlearn_spark.unlearning.frontier import Frontier, Work
+from unlearn_spark.unlearning.pages import EVERY
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -305,7 +306,6 @@ class Night:
             for side in SIDES
         ]
         self.new_changes = changed[0].unionByName(changed[1])
-        stored = store.read(factors.RATING_CHANGES, model.rating_changes_version)
         stays = F.col("n_ratings") > 0
         sizes = aggregates_of(
             together,
@@ -321,13 +321,12 @@ class Night:
             self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][2] + 1)
         self.frontier = Frontier(
             solver=solver_of(self.als),
-            factors={side: self.rows[side].select("slot", "factors") for side in SIDES},
+            rows={side: self.rows[side].select("slot", "n_ratings", "factors") for side in SIDES},
             chunks=store.read(factors.RATING_BLOCKS, model.rating_blocks_version),
-            changes=stored.unionByName(self.new_changes),
-            ledger=self._ledger(),
             settings=settings.unlearn,
             execution=settings.execution,
             parallelism=session_parallelism(store.spark),
+            n_blocks={side: self.layouts[side]["n_blocks"] for side in SIDES},
             work=Work(self.als.rank, self.n_ratings, self.n_rows),
             progress=progress,
             grams=grams,
@@ -406,31 +405,6 @@ class Night:
             pairs = pairs.join(names, f"{side}_id")
         return pairs.drop("user_id", "item_id")
 
-    def _ledger(self) -> DataFrame:
-        """Both sides' entries, with new rows that must be solved and without rows that left."""
-        stored = self.store.read(factors.LEDGER, self.model.ledger_version).select(
-            "side", "slot", "chunk", "gradient_norm", "b_norm", "factor_norm"
-        )
-        sides = []
-        for side in SIDES:
-            mine = stored.where(F.col("side") == side).drop("side")
-            rows = self.rows[side].select("slot", "block", "n_ratings").join(mine, "slot", "left")
-            sides.append(
-                rows.select(
-                    F.lit(side).alias("side"),
-                    "slot",
-                    "block",
-                    F.coalesce("chunk", F.lit(-1)).alias("chunk"),
-                    "n_ratings",
-                    F.coalesce("gradient_norm", F.lit(float("inf"))).alias("gradient_norm"),
-                    F.coalesce("b_norm", F.lit(0.0)).alias("b_norm"),
-                    F.coalesce("factor_norm", F.lit(1.0)).alias("factor_norm"),
-                    F.lit(False).alias("looked"),
-                    F.lit(False).alias("solved"),
-                )
-            )
-        return sides[0].unionByName(sides[1]).select(*LEDGER_COLUMNS)
-
     def work(self) -> dict[str, Any]:
         """Push, run the loop, and sweep everything if the loop was not the cheaper way."""
         frontier = self.frontier
@@ -441,7 +415,14 @@ class Night:
             )
         # The loop mostly waits, and a job that dies after this finds the same work again.
         self.deletion = ThreadPoolExecutor(1).submit(self._delete_ratings)
-        frontier.push_changes(self.tonight, self.gram_changes)
+        store, model = self.store, self.model
+        changes = store.read(factors.RATING_CHANGES, model.rating_changes_version)
+        frontier.open(
+            store.read(factors.LEDGER, model.ledger_version),
+            changes.unionByName(self.new_changes),
+            self.tonight,
+            self.gram_changes,
+        )
         sweeps = 0
         end = frontier.run()
         if end is not None:
@@ -493,9 +474,9 @@ class Night:
                 first_place=0,
                 n_places=n_parts,
             )
-            every = frontier.ledger.where(F.col("side") == side)
             layouts[side] = layout
-            parts[side] = frontier.ratings_of(side, every, layout.keys).persist()
+            every = frontier.ratings_of({side: EVERY}, layout.keys, {})
+            parts[side] = every.drop("side", "forced").persist()
             names[side] = self.rows[side].select("id", "n_ratings", "block", "slot")
         encoded = Encoded(layouts, names, parts, self.n_ratings, [*parts.values()])
         als = self.als.model_copy(update={"tol": self.settings.unlearn.mark})
@@ -609,9 +590,11 @@ class Night:
                     self.frontier.current(side), "slot"
                 )
                 writes[f"{side}_factors_version"] = _writer(store, side, changed, self.blocks[side])
-        ledger = self.frontier.ledger.join(
-            identities[0].unionByName(identities[1]), ["side", "slot"]
-        ).withColumns({"bound": factors.bound_expression(), "drift_mark": F.lit(0.0)})
+        ledger = (
+            self.frontier.entries()
+            .join(identities[0].unionByName(identities[1]), ["side", "slot"])
+            .withColumns({"bound": factors.bound_expression(), "drift_mark": F.lit(0.0)})
+        )
         writes["ledger_version"] = lambda: factors.write_ledger(store, ledger, self.n_rows)
         writes["rating_changes_version"] = lambda: store.append(
             factors.RATING_CHANGES, self.new_changes

@@ -190,10 +190,10 @@ class _Side:
     def turn(self, other: _Side, tau: float, mark: float, most: float) -> NDArray[np.bool_]:
         """Look at the stale rows, and if that asks for it solve the rows over the mark, unless
         it is not the first turn and these have more than `most` ratings; returns which."""
-        self.look(other, self.stale)
-        residual = relative_residual(self.gradient_norm, self.b_norm)
         needs = self.forced.copy()
-        if (self.eager and not self.turned) or (residual > tau).any():
+        self.look(other, self.stale & ~needs)  # at the others when they are solved
+        residual = relative_residual(self.gradient_norm, self.b_norm)
+        if (self.eager and not self.turned) or needs.any() or (residual > tau).any():
             needs |= residual > mark
         ratings = int(np.diff(self.ratings.indptr)[needs].sum())
         if self.turned and ratings > most:

@@ -1,0 +1,346 @@
+"""The ledger while a night works on it: entries of many rows as plain arrays, a page at a time.
+
+A page holds every row of one side with `slot % n_pages == page`, and the changes in their ratings
+that are not packed into the rating blocks yet. Steps of the frontier loop are a few passes over
+its arrays; as rows of a table each of them would be half a dozen Spark jobs.
+
+NumPy only: nothing here knows Spark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unlearn_spark.als.blocks import RatingBlock, concatenate, pair_keys, raw
+from unlearn_spark.als.kernel import relative_residual
+
+PAGE_ROWS = 200_000
+"""Rows of one side in a page, about."""
+
+MOST_PLACES = 512
+"""Beyond this many chunks whole blocks are looked through."""
+
+CHOICES = ("marked", "looked", "either")
+"""Which rows a round may look at: those over the mark, those that the round before looked at, or
+both."""
+EVERY = "every"
+
+
+@dataclass(frozen=True)
+class RatingChanges:
+    """Ratings that left or entered the equations of some rows since the blocks were packed.
+
+    Attributes
+    ----------
+    rows, others : int32 (n,)
+        Slots of the row and of the other side's row.
+    values : float32 (n,)
+    signs : int32 (n,)
+        -1 removes the pair, +1 adds it.
+    order : int64 (n,)
+        The model version that brought the change; the newest of a pair counts.
+    """
+
+    rows: NDArray[np.int32]
+    others: NDArray[np.int32]
+    values: NDArray[np.float32]
+    signs: NDArray[np.int32]
+    order: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def of(self, keep: NDArray[np.bool_]) -> RatingChanges:
+        """Only some of them."""
+        return RatingChanges(*(getattr(self, field.name)[keep] for field in fields(self)))
+
+    def applied(self, block: RatingBlock) -> RatingBlock:
+        """The block with these changes; rows that lost all their ratings are gone."""
+        if not len(self):
+            return block
+        order = np.lexsort((self.signs, self.order, self.others, self.rows))
+        rows, others, values = self.rows[order], self.others[order], self.values[order]
+        newest = np.append((np.diff(rows) != 0) | (np.diff(others) != 0), True)
+        block = block.without(rows[newest], others[newest], keep_empty=False)
+        added = newest & (self.signs[order] > 0)
+        extra = RatingBlock.from_entries(rows[added], others[added], values[added])
+        return concatenate([block, extra]) if extra.n_ratings else block
+
+
+NO_CHANGES = RatingChanges(
+    np.zeros(0, np.int32),
+    np.zeros(0, np.int32),
+    np.zeros(0, np.float32),
+    np.zeros(0, np.int32),
+    np.zeros(0, np.int64),
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How the rows of a page, or of a side, stand.
+
+    Attributes
+    ----------
+    over
+        Rows whose bound exceeds tau.
+    worst
+        The largest bound.
+    solved, solved_blocks
+        Rows that were re-solved tonight, and the blocks in which they lie.
+    ratings
+        By choice (`CHOICES`): ratings of its rows.
+    places
+        By choice: (block, chunk)s in which its rows lie; None where these are too many to list.
+    """
+
+    over: int
+    worst: float
+    solved: int
+    solved_blocks: frozenset[int]
+    ratings: Mapping[str, int]
+    places: Mapping[str, frozenset[tuple[int, int]] | None]
+
+    def __add__(self, other: Summary) -> Summary:
+        places: dict[str, frozenset[tuple[int, int]] | None] = {}
+        for name in CHOICES:
+            mine, theirs = self.places[name], other.places[name]
+            both = None if mine is None or theirs is None else mine | theirs
+            places[name] = both if both is not None and len(both) <= MOST_PLACES else None
+        return Summary(
+            self.over + other.over,
+            max(self.worst, other.worst),
+            self.solved + other.solved,
+            self.solved_blocks | other.solved_blocks,
+            {name: self.ratings[name] + other.ratings[name] for name in CHOICES},
+            places,
+        )
+
+
+NOTHING = Summary(
+    0, 0.0, 0, frozenset(), dict.fromkeys(CHOICES, 0), dict.fromkeys(CHOICES, frozenset())
+)
+
+
+@dataclass(frozen=True)
+class Page:
+    """Ledger entries of some rows of one side.
+
+    Attributes
+    ----------
+    slots : int32 (n,)
+        Ascending.
+    chunks : int32 (n,)
+        In which stored chunk of its block a row's packed ratings are; -1: it has none.
+    n_ratings : int32 (n,)
+    gradient_norm : float64 (n,)
+        Upper bounds of ||A x - b||.
+    b_norm : float64 (n,)
+        Lower bounds of ||b||.
+    factor_norm : float64 (n,)
+    looked, solved : bool (n,)
+        The last round looked at the row, and was small enough for that to be of use; the row was
+        re-solved tonight.
+    changes
+    """
+
+    slots: NDArray[np.int32]
+    chunks: NDArray[np.int32]
+    n_ratings: NDArray[np.int32]
+    gradient_norm: NDArray[np.float64]
+    b_norm: NDArray[np.float64]
+    factor_norm: NDArray[np.float64]
+    looked: NDArray[np.bool_]
+    solved: NDArray[np.bool_]
+    changes: RatingChanges = NO_CHANGES
+
+    @classmethod
+    def opened(
+        cls,
+        slots: NDArray[np.int32],
+        n_ratings: NDArray[np.int32],
+        stored: Mapping[str, NDArray[Any]],
+        changes: RatingChanges,
+    ) -> Page:
+        """The page of these rows.
+
+        Parameters
+        ----------
+        stored
+            slots, chunks, gradient_norm, b_norm, factor_norm: the entries that the published model
+            has, of rows that left as well. A row without an entry is new and must be solved.
+        """
+        order = np.argsort(slots)
+        slots, n_ratings = slots[order], n_ratings[order]
+        places, known = _places(stored["slots"], slots)
+        n = len(slots)
+        chunks, gradient = np.full(n, -1, np.int32), np.full(n, np.inf)
+        b_norm, factor_norm = np.zeros(n), np.ones(n)
+        for array, name in (
+            (chunks, "chunks"),
+            (gradient, "gradient_norm"),
+            (b_norm, "b_norm"),
+            (factor_norm, "factor_norm"),
+        ):
+            array[places] = stored[name][known]
+        false = np.zeros(n, np.bool_)
+        return cls(slots, chunks, n_ratings, gradient, b_norm, factor_norm, false, false, changes)
+
+    @property
+    def bound(self) -> NDArray[np.float64]:
+        """Upper bounds of the rows' residuals."""
+        return relative_residual(self.gradient_norm, self.b_norm)
+
+    def pushed(
+        self,
+        slots: NDArray[np.int32],
+        gradient: NDArray[np.float64],
+        b: NDArray[np.float64],
+        drift: float = 0.0,
+        force: bool = False,
+    ) -> Page:
+        """The entries after changes of known norm.
+
+        Parameters
+        ----------
+        slots, gradient, b
+            Rows, here or not and any number of times, and the norms by which their gradient and b
+            changed.
+        drift
+            By how much the other side's Gram matrix changed: it disturbs every row, in proportion
+            to its factor norm.
+        force
+            Rows that are named must be solved.
+        """
+        order = np.lexsort((b, gradient, slots))  # one order of every sum
+        slots, gradient, b = slots[order], gradient[order], b[order]
+        places, known = _places(slots, self.slots)
+        n = len(self.slots)
+        grown = self.gradient_norm + np.bincount(places, gradient[known], n)
+        grown = grown + drift * self.factor_norm
+        if force:
+            grown[places] = np.inf
+        left = np.maximum(self.b_norm - np.bincount(places, b[known], n), 0)
+        return replace(self, gradient_norm=grown, b_norm=left)
+
+    def looked_at(
+        self,
+        slots: NDArray[np.int32],
+        norms: Mapping[str, NDArray[np.float64]],
+        solved: NDArray[np.bool_],
+        again: bool,
+    ) -> Page:
+        """The entries after a round that looked at these rows of the page.
+
+        Parameters
+        ----------
+        norms
+            gradient_norm, b_norm, factor_norm of the rows as they are now: true values, which
+            replace the bounds.
+        solved
+            Which were re-solved.
+        again
+            The next round may look at them along with others.
+        """
+        places, known = _places(slots, self.slots)
+        arrays = {}
+        for name in ("gradient_norm", "b_norm", "factor_norm"):
+            arrays[name] = getattr(self, name).copy()
+            arrays[name][places] = norms[name][known]
+        looked, all_solved = np.zeros(len(self.slots), np.bool_), self.solved.copy()
+        looked[places] = again
+        all_solved[places] |= solved[known]
+        return replace(self, **arrays, looked=looked, solved=all_solved)
+
+    def chosen(self, name: str, mark: float) -> NDArray[np.bool_]:
+        """Which rows a choice means."""
+        if name == EVERY:
+            return np.ones(len(self.slots), np.bool_)
+        if name == "looked":
+            return self.looked
+        marked = self.bound > mark
+        return marked if name == "marked" else marked | self.looked
+
+    def summary(self, n_blocks: int, tau: float, mark: float) -> Summary:
+        """How the page stands."""
+        bound, blocks = self.bound, self.slots % n_blocks
+        ratings: dict[str, int] = {}
+        places: dict[str, frozenset[tuple[int, int]] | None] = {}
+        for name in CHOICES:
+            rows = self.chosen(name, mark)
+            ratings[name] = int(self.n_ratings[rows].sum())
+            rows = rows & (self.chunks >= 0)
+            found = np.unique(pair_keys(blocks[rows], self.chunks[rows]))
+            few = len(found) <= MOST_PLACES
+            pairs = zip((found >> 32).tolist(), (found & 0xFFFFFFFF).tolist(), strict=True)
+            places[name] = frozenset(pairs) if few else None
+        return Summary(
+            int((bound > tau).sum()),
+            float(bound.max(initial=0.0)),
+            int(self.solved.sum()),
+            frozenset(np.unique(blocks[self.solved]).tolist()),
+            ratings,
+            places,
+        )
+
+    def of(self, keep: NDArray[np.bool_]) -> Page:
+        """Only some of the rows, with their changes."""
+        arrays = {name: getattr(self, name)[keep] for name in _ARRAYS}
+        mine = np.isin(self.changes.rows, arrays["slots"])
+        return Page(**arrays, changes=self.changes.of(mine))
+
+    def split(self, n_parts: int) -> Iterator[tuple[int, Page]]:
+        """(part, its rows), a row belongs to part `slot % n_parts`."""
+        parts = self.slots % n_parts
+        for part in np.unique(parts):
+            yield int(part), self.of(parts == part)
+
+    def to_binary(self) -> dict[str, memoryview]:
+        """All arrays as raw little-endian bytes, by the names of `COLUMNS`."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays |= {f"change_{name}": getattr(self.changes, name) for name in _CHANGES}
+        return {name: raw(array, COLUMNS[name]) for name, array in arrays.items()}
+
+    @classmethod
+    def from_binary(cls, columns: Mapping[str, Any]) -> Page:
+        """The reverse; views on the buffers."""
+        arrays = {name: np.frombuffer(columns[name], kind) for name, kind in COLUMNS.items()}
+        changes = RatingChanges(*(arrays.pop(f"change_{name}") for name in _CHANGES))
+        return cls(**arrays, changes=changes)
+
+
+_KINDS: dict[str, type[np.generic]] = {
+    "slots": np.int32,
+    "chunks": np.int32,
+    "n_ratings": np.int32,
+    "gradient_norm": np.float64,
+    "b_norm": np.float64,
+    "factor_norm": np.float64,
+    "looked": np.bool_,
+    "solved": np.bool_,
+}
+_CHANGES: dict[str, type[np.generic]] = {
+    "rows": np.int32,
+    "others": np.int32,
+    "values": np.float32,
+    "signs": np.int32,
+    "order": np.int64,
+}
+_ARRAYS = tuple(_KINDS)
+COLUMNS = {**_KINDS, **{f"change_{name}": kind for name, kind in _CHANGES.items()}}
+
+
+def _places(
+    slots: NDArray[np.int32], known: NDArray[np.int32]
+) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Where in `known` (ascending) those slots stand that are there, and which these are."""
+    places = np.searchsorted(known, slots)
+    if not len(known):
+        return places, np.zeros(len(slots), np.bool_)
+    here = known[np.minimum(places, len(known) - 1)] == slots
+    return places[here], here
