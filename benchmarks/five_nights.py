@@ -4,23 +4,21 @@
 
 Holds a tenth of the ratings out, trains on the others, has 1% of the users forgotten on each of
 five nights, audits every night, and in the end compares with models trained from scratch on what
-remains. Writes docs/five-nights.md, its picture, and raw figures.
+remains. Prints what docs/five-nights.md shows, and writes its picture and raw figures.
 """
 
 from __future__ import annotations
 
-import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from benchmarks.forgetting import job, requests
+from benchmarks.forgetting import NIGHTS_HEAD, job, nights_in_a_row
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SETTINGS = {
@@ -58,29 +56,8 @@ def main(path: str, mode: str, seeds: int, nights: int, share: float) -> None:
     job("ingest_ratings", tables, "--input", str(root / "kept"), "--format", "parquet")
     trained = job("train", tables, sets=sets)
     everybody = [row[0] for row in kept.select("user_id").distinct().toLocalIterator()]
-    order = random.Random(1).sample(sorted(everybody), len(everybody))
     a_night = max(1, round(share * len(everybody)))
-    rows: list[list[Any]] = []
-    for night in range(nights):
-        asked = requests(root / "requests.csv", order[night * a_night : (night + 1) * a_night])
-        job("ingest_tombstones", tables, "--input", str(asked))
-        done = job("unlearn", tables, sets=sets)
-        audit = job("audit", tables, sets=sets)
-        rows.append(
-            [
-                night + 1,
-                done["requests"],
-                done["ratings_removed"],
-                sum(done["rows_resolved"].values()),
-                done["rounds"],
-                done["sweeps"],
-                done["work_sweeps"],
-                done["seconds"],
-                max(audit["max_residual"].values()),
-                audit["ledger_holds"],
-                audit["holds"],
-            ]
-        )
+    rows = nights_in_a_row(tables, everybody, nights, a_night, sets)
     picture = DOCS / f"five-nights-{mode}.png"
     compared = job(
         "audit",
@@ -97,9 +74,7 @@ def main(path: str, mode: str, seeds: int, nights: int, share: float) -> None:
         sets=sets,
     )
     spark.stop()
-    head = ["night", "requests", "ratings", "rows re-solved", "rounds", "sweeps", "work, sweeps"]
-    head += ["s", "largest residual", "ledger holds", "audit holds"]
-    common.table(head, rows)
+    common.table(NIGHTS_HEAD, rows)
     common.save(
         f"five-nights-{mode}",
         {"settings": sets, "trained": trained, "nights": rows, "comparison": compared},

@@ -63,6 +63,45 @@ def requests(path: Path, users: list[int]) -> Path:
     return path
 
 
+NIGHTS_HEAD = [
+    *("night", "requests", "ratings", "rows re-solved", "rounds", "sweeps", "work, sweeps", "s"),
+    *("largest residual", "ledger holds", "audit holds"),
+]
+
+
+def nights_in_a_row(
+    root: Path, everybody: list[int], nights: int, a_night: int, sets: tuple[str, ...]
+) -> list[list[Any]]:
+    """Forget so many users on each of some nights, each followed by an audit; a row of
+    `NIGHTS_HEAD` for each."""
+    order = random.Random(1).sample(sorted(everybody), nights * a_night)
+    rows: list[list[Any]] = []
+    for night in range(nights):
+        path = root.parent / "requests.csv"
+        asked = requests(path, order[night * a_night : (night + 1) * a_night])
+        job("ingest_tombstones", root, "--input", str(asked))
+        done = job("unlearn", root, sets=sets)
+        audit = job("audit", root, sets=sets)
+        rows.append(
+            [
+                night + 1,
+                done["requests"],
+                done["ratings_removed"],
+                sum(done["rows_resolved"].values()),
+                done["rounds"],
+                done["sweeps"],
+                done["work_sweeps"],
+                done["seconds"],
+                max(audit["max_residual"].values()),
+                audit["ledger_holds"],
+                audit["holds"],
+            ]
+        )
+        shown = zip(NIGHTS_HEAD, rows[-1], strict=True)
+        click.echo(", ".join(f"{name} {value}" for name, value in shown), err=True)
+    return rows
+
+
 @click.command()
 @click.option("--users", default=70_000)
 @click.option("--items", default=10_700)

@@ -163,8 +163,8 @@ class Frontier:
     solver
         Objective, rank and precision.
     rows
-        By side: slot, n_ratings, factors - as published, rows that left taken out and new rows
-        put in.
+        By side: slot, n_ratings, factors - as published, and new rows. Those that left have no
+        ratings.
     chunks
         Packed ratings of both sides (`encoding.CHUNK_SCHEMA`).
     n_blocks
@@ -312,7 +312,7 @@ class Frontier:
         self,
         ledger: DataFrame,
         changes: DataFrame,
-        tonight: DataFrame,
+        tonight: int,
         gram_changes: Mapping[str, NDArray[np.float64] | None],
     ) -> None:
         """Make the pages from the published ledger, and put tonight's ratings into it.
@@ -322,17 +322,16 @@ class Frontier:
         ledger
             side, slot, chunk, gradient_norm, b_norm, factor_norm; of rows that left as well.
         changes
-            side, slot, other_slot, value, change, model_version: since the chunks were packed,
-            tonight's included.
+            side, slot, other_slot, value, change (-1 removed, +1 added), model_version: since the
+            chunks were packed, tonight's included.
         tonight
-            user_slot, item_slot, value, change (-1 removed, +1 added), user_factors, item_factors:
-            the factors of both rows as they were (or start, for new rows).
+            The `model_version` of tonight's changes.
         gram_changes
             By side: float64 (rank, rank) change of its Gram matrix because rows left or came;
             None in explicit mode.
         """
-        keys, rank, n_blocks = self.page_keys, self.solver.rank, self.n_blocks
-        page = part_key("slot", keys).alias("page")
+        rank, n_blocks, page_keys = self.solver.rank, self.n_blocks, self.page_keys
+        page = part_key("slot", page_keys).alias("page")
         drifts = {s: drift(m) if m is not None else 0.0 for s, m in gram_changes.items()}
         objective = self.solver.objective
         force = self.settings.direct_rows == "resolve"
@@ -340,49 +339,10 @@ class Frontier:
         rows = reduce(
             lambda left, right: left.unionByName(right),
             [self.rows[side].withColumn("side", F.lit(side)) for side in SIDES],
-        ).select("side", page, "slot", "n_ratings", "factors")
-        states = (
-            rows.drop("factors")
-            .unionByName(
-                ledger.select(
-                    "side", page, "slot", "chunk", "gradient_norm", "b_norm", "factor_norm"
-                ),
-                allowMissingColumns=True,
-            )
-            .unionByName(
-                changes.select(
-                    "side", page, "slot", "other_slot", "value", "change", "model_version"
-                ),
-                allowMissingColumns=True,
-            )
         )
-        pairs = [
-            tonight.select(
-                F.lit(side).alias("side"),
-                part_key(f"{side}_slot", keys).alias("page"),
-                F.col(f"{side}_slot").alias("slot"),
-                "value",
-                "change",
-                F.col(f"{side}_factors").alias("y"),
-                F.col(f"{other_side(side)}_factors").alias("x"),
-            )
-            for side in SIDES
-        ]
-
-        def make(left: pa.Table, right: pa.Table) -> pa.Table:
-            made = []
-            for side in SIDES:
-                state = left.filter(pa.compute.equal(left["side"], side))
-                mine = right.filter(pa.compute.equal(right["side"], side))
-                if not state["n_ratings"].null_count < state.num_rows:
-                    continue
-                ledger_page = _opened(state).pushed(
-                    *_pushes_of(mine, rank, objective), drifts[other_side(side)], force
-                )
-                number = state["page"][0].as_py()
-                made.append(_page_row(side, number, ledger_page, n_blocks[side], *levels))
-            kinds = _kinds(_PAGES)
-            return binary_table(made, **kinds) if made else pa.schema(kinds).empty_table()
+        changes = changes.select(
+            "side", page, "slot", "other_slot", "value", "change", "model_version"
+        )
 
         def pack(table: pa.Table) -> pa.Table:
             number = table["page"][0].as_py()
@@ -394,15 +354,55 @@ class Frontier:
                     packed += _stock_rows({"side": side, "page": number}, slots, factors)
             return pieces_table(packed, **_kinds(_STOCK))
 
+        def need(table: pa.Table) -> pa.Table:
+            key = table["page"][0].as_py()
+            needed: list[dict[str, Any]] = []
+            for side in SIDES:
+                mine = table.filter(pa.compute.equal(table["side"], side))
+                for name, of in (("slot", side), ("other_slot", other_side(side))):
+                    slots = np.unique(mine[name].to_numpy()).astype(np.int32)
+                    needed += _needed_rows(of, key, slots, page_keys)
+            return binary_table(needed, **_kinds(_NEEDED))
+
+        def make(left: pa.Table, right: pa.Table) -> pa.Table:
+            made, messages = [], arrays_of(right)
+            known = {
+                side: _known([row for row in messages if row["side"] == side], rank)
+                for side in SIDES
+            }
+            for side in SIDES:
+                state = left.filter(pa.compute.equal(left["side"], side))
+                if state["n_ratings"].null_count == state.num_rows:
+                    continue  # no rows of this side
+                opened = _opened(state)
+                pushes = _pushes_of(
+                    opened, tonight, known[side], known[other_side(side)], objective
+                )
+                opened = opened.pushed(*pushes, drifts[other_side(side)], force)
+                number = state["page"][0].as_py()
+                made.append(_page_row(side, number, opened, n_blocks[side], *levels))
+            kinds = _kinds(_PAGES)
+            return binary_table(made, **kinds) if made else pa.schema(kinds).empty_table()
+
+        self.stock = self._checkpoint(
+            rows.select("side", page, "slot", "factors").groupBy("page").applyInArrow(pack, _STOCK)
+        )
+        news = changes.where(F.col("model_version") == tonight)
+        needed = news.select("side", "page", "slot", "other_slot").groupBy("page")
+        states = reduce(
+            lambda left, right: left.unionByName(right, allowMissingColumns=True),
+            [
+                rows.where("n_ratings > 0").select("side", page, "slot", "n_ratings"),
+                ledger.select(
+                    "side", page, "slot", "chunk", "gradient_norm", "b_norm", "factor_norm"
+                ),
+                changes,
+            ],
+        )
         self.pages = self._checkpoint(
             states.groupBy("page")
-            .cogroup(pairs[0].unionByName(pairs[1]).groupBy("page"))
+            .cogroup(self._fetched(needed.applyInArrow(need, _NEEDED)).groupBy("key"))
             .applyInArrow(make, _PAGES)
-        )
-        self.stock = self._checkpoint(
-            rows.select("side", "page", "slot", "factors")
-            .groupBy("page")
-            .applyInArrow(pack, _STOCK)
         )
         for side, change in gram_changes.items():
             if change is not None:
@@ -509,6 +509,21 @@ class Frontier:
              for frame in self.results],
         )  # fmt: skip
 
+    def _fetched(self, needed: DataFrame) -> DataFrame:
+        """The factors (`_MESSAGES`) of the rows that are needed (`_NEEDED`), as they are now."""
+        stock = self.stock.select(
+            *("side", "page", "slots", "factors"),
+            F.lit(None).cast("binary").alias("solved"),
+            F.lit(0).alias("round"),
+        )
+        if self.results:
+            stock = stock.unionByName(self._everything())
+        return (
+            needed.groupBy("page")
+            .cogroup(stock.groupBy("page"))
+            .applyInArrow(_fetcher(self.solver.rank), _MESSAGES)
+        )
+
     def _settle(
         self,
         patch: Mapping[str, str],
@@ -523,21 +538,10 @@ class Frontier:
             if n_parts > self.parallelism:  # whole waves of tasks
                 n_parts = -(-n_parts // self.parallelism) * self.parallelism
         keys = balanced_keys(n_parts)
-        rank, page_keys = self.solver.rank, self.page_keys
+        page_keys = self.page_keys
         spare = max(SPARE_RATINGS, SPARE_SHARE * 2 * self.work.ratings)
         parts = self.ratings_of(patch, keys, places).persist()
-        needed = parts.mapInArrow(_needed(page_keys), _NEEDED)
-        stock = self.stock.select(
-            "side", "page", "slots", "factors", F.lit(None).cast("binary").alias("solved"),
-            F.lit(0).alias("round"),
-        )  # fmt: skip
-        if self.results:
-            stock = stock.unionByName(self._everything())
-        messages = (
-            needed.groupBy("page").cogroup(stock.groupBy("page")).applyInArrow(
-                _fetcher(rank), _MESSAGES
-            )
-        )  # fmt: skip
+        messages = self._fetched(parts.mapInArrow(_needed(page_keys), _NEEDED))
         levels = (self.settings.tau, self.mark)
         settled = (
             parts.groupBy("key")
@@ -613,17 +617,29 @@ def _opened(state: pa.Table) -> Page:
 
 
 def _pushes_of(
-    pairs: pa.Table, rank: int, objective: Objective
+    page: Page,
+    tonight: int,
+    mine: tuple[NDArray[np.int32], NDArray[np.float32]],
+    others: tuple[NDArray[np.int32], NDArray[np.float32]],
+    objective: Objective,
 ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
-    """(slots, gradient, b): what tonight's pairs do to the equations of one side's rows."""
-    if not pairs.num_rows:
+    """(slots, gradient, b): what tonight's changes do to the equations of a page's rows.
+
+    Parameters
+    ----------
+    mine, others
+        (slots, factors) of this side's rows and of the other side's, as they were.
+    """
+    news = page.changes.of(page.changes.order == tonight)
+    news = news.of(np.isin(news.rows, page.slots))
+    if not len(news):
         return np.zeros(0, np.int32), np.zeros(0), np.zeros(0)
-    slots, first, rows = np.unique(pairs["slot"].to_numpy(), return_index=True, return_inverse=True)
-    y, x = matrix_of(pairs["y"], rank)[first], matrix_of(pairs["x"], rank)
-    values, added = pairs["value"].to_numpy(), pairs["change"].to_numpy() > 0
-    index = np.arange(len(values))
+    slots, rows = np.unique(news.rows, return_inverse=True)
+    y = mine[1][np.searchsorted(mine[0], slots)]
+    places = np.searchsorted(others[0], news.others)
+    added = news.signs > 0
     change = [
-        rating_terms(rows[which], index[which], values[which], y, x, objective)
+        rating_terms(rows[which], places[which], news.values[which], y, others[1], objective)
         for which in (added, ~added)
     ]
     gradient, b = (change[0] - change[1]).norms()
@@ -740,11 +756,18 @@ def _needed(
                     found.setdefault((side, row["key"]), []).append(slots)
         for (side, key), arrays in found.items():
             slots = np.unique(np.concatenate(arrays))
-            for page, mine in _by_page(slots, page_keys):
-                row = {"side": side, "page": page, "key": key, "slots": raw(slots[mine], np.int32)}
+            for row in _needed_rows(side, key, slots, page_keys):
                 yield from binary_table([row], **_kinds(_NEEDED)).to_batches()
 
     return need
+
+
+def _needed_rows(
+    side: str, key: int, slots: NDArray[np.int32], page_keys: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """Rows of `_NEEDED`."""
+    for page, mine in _by_page(slots, page_keys):
+        yield {"side": side, "page": page, "key": key, "slots": raw(slots[mine], np.int32)}
 
 
 def _by_page(
@@ -829,19 +852,24 @@ def _settler(
     return solve
 
 
+def _known(
+    messages: list[dict[str, Any]], rank: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """(slots, factors) by slot from messages of one side; a slot may come twice."""
+    slots = [np.frombuffer(row["slots"], np.int32) for row in messages]
+    factors = [np.frombuffer(row["factors"], np.float32).reshape(-1, rank) for row in messages]
+    known, first = np.unique(np.concatenate([np.zeros(0, np.int32), *slots]), return_index=True)
+    return known, np.concatenate([np.zeros((0, rank), np.float32), *factors])[first]
+
+
 def _patch_side(
     pieces: list[dict[str, Any]], messages: list[dict[str, Any]], rank: int, eager: bool
 ) -> PatchSide:
     """One side of a part from its rating pieces and the factor rows that came with them."""
     pieces = sorted(pieces, key=lambda row: np.frombuffer(row["slots"], np.int32)[:1].tolist())
-    slots = [np.frombuffer(row["slots"], np.int32) for row in messages]
-    factors = [np.frombuffer(row["factors"], np.float32).reshape(-1, rank) for row in messages]
-    known = np.concatenate([np.zeros(0, np.int32), *slots])
-    order = np.argsort(known)
     forced = [np.frombuffer(row["forced"], np.bool_) for row in pieces]
     return PatchSide(
-        known[order],
-        np.concatenate([np.zeros((0, rank), np.float32), *factors])[order],
+        *_known(messages, rank),
         RatingBlock.from_pieces(pieces),
         np.concatenate([np.zeros(0, np.bool_), *forced]),
         eager,

@@ -290,9 +290,9 @@ class Night:
                 left = rows.where("NOT is_new AND n_ratings <= 0")
                 gram_changes[side] = gram_of(came, self.als.rank) - gram_of(left, self.als.rank)
                 grams[side] = gram_of(rows.where("NOT is_new"), self.als.rank)
-        self.tonight = self._kept(self._slotted(touched))
+        tonight = self._kept(self._slotted(touched))
         changed = [
-            self.tonight.select(
+            tonight.select(
                 F.lit(side).alias("side"),
                 F.pmod(f"{side}_slot", F.lit(self.layouts[side]["n_blocks"]))
                 .cast("int")
@@ -321,7 +321,7 @@ class Night:
             self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][2] + 1)
         self.frontier = Frontier(
             solver=solver_of(self.als),
-            rows={side: self.rows[side].select("slot", "n_ratings", "factors") for side in SIDES},
+            rows={side: r.select("slot", "n_ratings", "factors") for side, r in together.items()},
             chunks=store.read(factors.RATING_BLOCKS, model.rating_blocks_version),
             settings=settings.unlearn,
             execution=settings.execution,
@@ -394,13 +394,12 @@ class Night:
         return placed.mapInArrow(begin, start).withColumn("is_new", F.lit(True))
 
     def _slotted(self, touched: dict[str, DataFrame]) -> DataFrame:
-        """Tonight's pairs by slot, with the factors of both rows."""
+        """Tonight's pairs by slot."""
         pairs = self.changes.pairs
         for side in SIDES:
             names = touched[side].select(
                 F.col("id").alias(f"{side}_id"),
                 F.col("slot").alias(f"{side}_slot"),
-                F.col("factors").alias(f"{side}_factors"),
             )
             pairs = pairs.join(names, f"{side}_id")
         return pairs.drop("user_id", "item_id")
@@ -420,7 +419,7 @@ class Night:
         frontier.open(
             store.read(factors.LEDGER, model.ledger_version),
             changes.unionByName(self.new_changes),
-            self.tonight,
+            self.version,
             self.gram_changes,
         )
         sweeps = 0
