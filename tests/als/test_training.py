@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from unlearn_spark.als.initial import initial_factors
+from unlearn_spark.als.solver import MESSAGE_BYTES
 from unlearn_spark.als.spark import session_conf
 from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
@@ -91,6 +92,26 @@ def test_blocked_fit_equals_the_textbook_for_any_blocks_and_ids(spark, implicit)
         objectives = [report["objective"] for report in result.summary.history]
         assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(objectives))
         result.release()
+
+
+def test_a_side_of_several_messages_is_swept_alike_in_one_task_and_in_many(spark):
+    """Factors travel in rows of `MESSAGE_BYTES`; here both sides take two of them."""
+    random = np.random.default_rng(5)
+    n, rank = MESSAGE_BYTES // (4 * 32) + 100, 32
+    users = np.repeat(np.arange(n), 4)
+    items = (users + np.tile([0, 1, 7, 50], n)) % n
+    ratings = frame(spark, users, items, random.normal(3, 1, len(users)), "bigint").persist()
+    found = []
+    for part_ratings in (len(users), len(users) // 2):
+        result = fit_factors(
+            ratings,
+            AlsSettings(rank=rank, reg_param=0.1, max_sweeps=3, tol=1e-12),
+            ExecutionSettings(part_ratings=part_ratings),
+        )
+        found.append(predictions(result))
+        result.release()
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-3)
 
 
 def test_it_converges_to_rows_that_solve_their_equations(spark):

@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 
 from unlearn_spark.als.acceleration import Accelerator
 from unlearn_spark.als.blocks import RatingBlock, raw, scatter
-from unlearn_spark.als.solver import OtherSide, Solver, mixed, solve_anchor
+from unlearn_spark.als.solver import OtherSide, Solver, joined_stack, mixed, solve_anchor
 from unlearn_spark.als.spark import arrays_of, binary_table
 from unlearn_spark.als.sweep import FACTOR_SCHEMA, map_rows
 
@@ -170,16 +170,17 @@ def burst(
             side: RatingBlock.from_pieces([row for row in pieces if row["anchor"] == side])
             for side in (True, False)
         }
-        row = arrays_of(right)[0]
+        rows = arrays_of(right)  # several for the first iterate, whose rows come in messages
+        row = rows[0]
         anchor, other = blocks[True], blocks[False]
-        stack = np.frombuffer(row["history"], np.float32).reshape(-1, anchor.n_rows, solver.rank)
+        stack = joined_stack(rows, solver.rank, "history")
         carried: Accelerator = pickle.loads(row["accelerator"])
         done = sweep_in_memory(solver, anchor, other, n_slots, stack, carried, limits)
         return binary_table(
             [
                 {
                     "part": row["part"],
-                    "slots": row["slots"],
+                    "slots": raw(anchor.slots, np.int32),
                     "history": raw(done.stack, np.float32),
                     "other_slots": raw(other.slots, np.int32),
                     "others": raw(done.others, np.float32),
