@@ -1,0 +1,429 @@
+"""What travels between the tasks of a night, and what workers make of it.
+
+Every table is a few rows of raw arrays (`blocks.raw`), described by the schemas below. Functions
+take and give Arrow tables or their rows as dictionaries; nothing here starts a Spark job.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side, pair_keys, raw
+from unlearn_spark.als.solver import cut_stack
+from unlearn_spark.als.spark import arrays_of, binary_table, list_column, pieces_table
+from unlearn_spark.unlearning.ledger import rating_terms
+from unlearn_spark.unlearning.pages import COLUMNS, NO_CHANGES, Page, RatingChanges
+from unlearn_spark.unlearning.patch import PatchSide, SettledSide, settle
+
+if TYPE_CHECKING:
+    from unlearn_spark.als.kernel import Objective
+    from unlearn_spark.als.solver import Solver
+
+_TYPES = {
+    "string": pa.string(),
+    "int": pa.int32(),
+    "long": pa.int64(),
+    "boolean": pa.bool_(),
+    "binary": pa.binary(),
+}
+
+
+def arrow_kinds(schema: str) -> dict[str, pa.DataType]:
+    """The Arrow types of a schema, for `spark.binary_table`."""
+    return {name: _TYPES[kind] for name, kind in (each.split() for each in schema.split(", "))}
+
+
+_BINARY_COLUMNS = ", ".join(f"{name} binary" for name in COLUMNS)
+PAGES = f"side string, page int, {_BINARY_COLUMNS}, summary binary"
+"""A page of the ledger; `summary` is a pickled `pages.Summary`."""
+
+STOCK = "side string, page int, slots binary, factors binary"
+"""Factors of rows of a page, a few rows at a time."""
+
+ASKED = f"side string, block int, chunk int, key int, {_BINARY_COLUMNS}"
+"""What a patch asks for: `slots` of a stored chunk, or (block is null) the rows of a part."""
+
+LOADED = f"key int, side string, counts binary, others binary, values binary, {_BINARY_COLUMNS}"
+"""Packed ratings of a part, or (counts is null) its ledger entries with their changes."""
+
+PARTS = (
+    "key int, part int, side string, slots binary, counts binary, others binary, values binary, "
+    "forced binary"
+)
+"""`spark.PART_SCHEMA` with the side, and which rows must be solved."""
+
+NEEDED = "side string, page int, key int, slots binary"
+"""Rows of a page whose factors the task with this key needs."""
+
+MESSAGES = "side string, key int, slots binary, factors binary"
+"""The answer."""
+
+RESULTS = (
+    "side string, page int, slots binary, factors binary, gradient_norm binary, b_norm binary, "
+    "factor_norm binary, solved binary, push_slots binary, push_gradient binary, push_b binary, "
+    "gram_change binary, solved_rows long, solved_ratings long, scanned_ratings long"
+)
+"""`patch.SettledSide` by page; its totals stand on the first row of each part and side."""
+
+TOTALS = ("side", "gram_change", "solved_rows", "solved_ratings", "scanned_ratings")
+MOVED = "slot int, factors array<float>, round int"
+ENTRIES = (
+    "side string, slot int, block int, chunk int, gradient_norm double, b_norm double, "
+    "factor_norm double"
+)
+
+
+def page_row(
+    side: str, number: int, page: Page, n_blocks: int, tau: float, mark: float
+) -> dict[str, Any]:
+    """A row of `PAGES`."""
+    summary = pickle.dumps(page.summary(n_blocks, tau, mark))
+    return {"side": side, "page": number, **page.to_binary(), "summary": summary}
+
+
+def opened_page(state: pa.Table) -> Page:
+    """A page from the rows, entries and changes of one side, told apart by what they lack."""
+
+    def which(column: str) -> dict[str, NDArray[Any]]:
+        valid = state.filter(state[column].is_valid())
+        return {
+            name: valid[name].to_numpy()
+            for name in valid.schema.names
+            if name != "side" and not valid[name].null_count
+        }
+
+    rows, stored, changes = which("n_ratings"), which("gradient_norm"), which("other_slot")
+    empty = {
+        name: np.zeros(0, kind)
+        for name, kind in [
+            ("slot", np.int32), ("chunk", np.int32), ("gradient_norm", np.float64),
+            ("b_norm", np.float64), ("factor_norm", np.float64),
+        ]
+    }  # fmt: skip
+    stored = {**empty, **stored}
+    taken = NO_CHANGES
+    if len(changes["slot"]):
+        taken = RatingChanges(
+            *(changes[n] for n in ("slot", "other_slot", "value", "change", "model_version"))
+        )
+    return Page.opened(
+        rows["slot"],
+        rows["n_ratings"],
+        {**stored, "slots": stored["slot"], "chunks": stored["chunk"]},
+        taken,
+    )
+
+
+def pushes_of(
+    page: Page,
+    tonight: int,
+    mine: tuple[NDArray[np.int32], NDArray[np.float32]],
+    others: tuple[NDArray[np.int32], NDArray[np.float32]],
+    objective: Objective,
+) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
+    """(slots, gradient, b): what tonight's changes do to the equations of a page's rows.
+
+    Parameters
+    ----------
+    mine, others
+        (slots, factors) of this side's rows and of the other side's, as they were.
+    """
+    news = page.changes.of(page.changes.order == tonight)
+    news = news.of(np.isin(news.rows, page.slots))
+    if not len(news):
+        return np.zeros(0, np.int32), np.zeros(0), np.zeros(0)
+    slots, rows = np.unique(news.rows, return_inverse=True)
+    y = mine[1][np.searchsorted(mine[0], slots)]
+    places = np.searchsorted(others[0], news.others)
+    added = news.signs > 0
+    change = [
+        rating_terms(rows[which], places[which], news.values[which], y, others[1], objective)
+        for which in (added, ~added)
+    ]
+    gradient, b = (change[0] - change[1]).norms()
+    return slots, gradient, b
+
+
+def page_after(page: Page, results: list[dict[str, Any]], drift: float, again: bool) -> Page:
+    """A page after a round. What a patch says of its own rows is final: no push, and no drift,
+    comes on top."""
+
+    def column(name: str, kind: type[np.generic]) -> NDArray[Any]:
+        arrays = [np.frombuffer(row[name], kind) for row in results]
+        return np.concatenate([np.zeros(0, kind), *arrays])
+
+    page = page.pushed(
+        column("push_slots", np.int32),
+        column("push_gradient", np.float64),
+        column("push_b", np.float64),
+        drift,
+    )
+    norms = {name: column(name, np.float64) for name in ("gradient_norm", "b_norm", "factor_norm")}
+    return page.looked_at(column("slots", np.int32), norms, column("solved", np.bool_), again)
+
+
+def asker(
+    patch: dict[str, str], mark: float, keys: tuple[int, ...], n_blocks: dict[str, int]
+) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    nothing = dict.fromkeys(COLUMNS)
+
+    def of_page(side: str, page: Page) -> Iterator[dict[str, Any]]:
+        mine = page.of(page.chosen(patch[side], mark))
+        stored = mine.chunks >= 0
+        slots = mine.slots[stored]
+        places = pair_keys(slots % np.int32(n_blocks[side]), mine.chunks[stored])
+        for place in np.unique(places):
+            yield {
+                "side": side,
+                "block": int(place >> 32),
+                "chunk": int(place & 0xFFFFFFFF),
+                "key": None,
+                **nothing,
+                "slots": raw(slots[places == place], np.int32),
+            }
+        for part, rows in mine.split(len(keys)):
+            place = {"side": side, "block": None, "chunk": None, "key": keys[part]}
+            yield {**place, **rows.to_binary()}
+
+    def ask(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        for batch in batches:
+            for row in arrays_of(batch):
+                asked = list(of_page(row["side"], Page.from_binary(row)))
+                if asked:
+                    yield from binary_table(asked, **arrow_kinds(ASKED)).to_batches()
+
+    return ask
+
+
+def wanted_keeper(
+    keys: tuple[int, ...],
+) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    nothing = dict.fromkeys(COLUMNS)
+
+    def pieces(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        block = RatingBlock.from_binary(row)
+        block = block.rows(np.isin(block.slots, np.frombuffer(row["wanted"], np.int32)))
+        part = block.slots % len(keys)
+        for number in np.unique(part):
+            packed = block.rows(part == number).to_binary()
+            counted = {name: packed[name] for name in ("counts", "others", "values")}
+            place = {"key": keys[number], "side": row["side"]}
+            yield {**place, **counted, **nothing, "slots": packed["slots"]}
+
+    def keep(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        for batch in batches:
+            for row in arrays_of(batch):
+                kept = list(pieces(row))
+                if kept:
+                    yield from pieces_table(kept, **arrow_kinds(LOADED)).to_batches()
+
+    return keep
+
+
+def part_pieces(loaded: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The ratings of one side of a part with their changes, piece by piece, and which rows are
+    forced."""
+    pages = [Page.from_binary(row) for row in loaded if row["counts"] is None]
+    block = RatingBlock.from_pieces([row for row in loaded if row["counts"] is not None])
+    for page in pages:
+        block = page.changes.applied(block)
+    slots = np.concatenate([page.slots for page in pages])
+    order = np.argsort(slots)
+    if not np.array_equal(slots[order], block.slots):
+        raise ValueError("active rows and their ratings differ; the rating blocks are damaged")
+    forced = np.isinf(np.concatenate([page.gradient_norm for page in pages]))[order]
+    first = 0
+    for piece in block.pieces():
+        mine = forced[first : first + piece.n_rows]
+        first += piece.n_rows
+        yield {**piece.to_binary(), "forced": raw(mine, np.bool_)}
+
+
+def need_finder(
+    page_keys: tuple[int, ...],
+) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """By page and part the rows whose factors the part needs, its own among them; the pieces of a
+    part lie in one partition."""
+
+    def need(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        found: dict[tuple[str, int], list[NDArray[np.int32]]] = {}
+        for batch in batches:
+            for row in arrays_of(batch):
+                for side, name in ((row["side"], "slots"), (other_side(row["side"]), "others")):
+                    slots = np.unique(np.frombuffer(row[name], np.int32))
+                    found.setdefault((side, row["key"]), []).append(slots)
+        for (side, key), arrays in found.items():
+            slots = np.unique(np.concatenate(arrays))
+            for row in needed_rows(side, key, slots, page_keys):
+                yield from binary_table([row], **arrow_kinds(NEEDED)).to_batches()
+
+    return need
+
+
+def needed_rows(
+    side: str, key: int, slots: NDArray[np.int32], page_keys: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """Rows of `NEEDED`."""
+    for page, mine in _by_page(slots, page_keys):
+        yield {"side": side, "page": page, "key": key, "slots": raw(slots[mine], np.int32)}
+
+
+def _by_page(
+    slots: NDArray[np.int32], page_keys: tuple[int, ...]
+) -> Iterator[tuple[int, NDArray[np.intp]]]:
+    """(key of a page, places in `slots` of its rows)."""
+    numbers = slots % len(page_keys)
+    for number in np.unique(numbers):
+        yield page_keys[number], np.flatnonzero(numbers == number)
+
+
+def stock_rows(
+    place: dict[str, Any], slots: NDArray[np.int32], factors: NDArray[np.float32]
+) -> Iterator[dict[str, Any]]:
+    for own, stack in cut_stack(slots, factors[None]):
+        yield {**place, "slots": raw(own, np.int32), "factors": raw(stack[0], np.float32)}
+
+
+def fetcher(rank: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    """Answers what parts need from the factors of a page."""
+
+    def fetch(left: pa.Table, right: pa.Table) -> pa.Table:
+        kinds = arrow_kinds(MESSAGES)
+        stock = sorted(arrays_of(right), key=lambda row: row["round"])
+        answers: list[dict[str, Any]] = []
+        for side in SIDES:
+            asked = [row for row in arrays_of(left) if row["side"] == side]
+            mine = [_solved_of(row, rank) for row in stock if row["side"] == side]
+            if not asked or not mine:
+                continue
+            slots = np.concatenate([known for known, _ in mine])
+            factors = np.concatenate([values for _, values in mine])
+            # Later rounds stand behind: of a slot's rows the last one counts.
+            known, from_end = np.unique(slots[::-1], return_index=True)
+            rows = len(slots) - 1 - from_end
+            for row in asked:
+                wanted = np.frombuffer(row["slots"], np.int32)
+                places = rows[np.searchsorted(known, wanted)]
+                place = {"side": side, "key": row["key"]}
+                answers += stock_rows(place, wanted, factors[places])
+        return pieces_table(answers, **kinds) if answers else pa.schema(kinds).empty_table()
+
+    return fetch
+
+
+def _solved_of(row: dict[str, Any], rank: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """(slots, factors) of a row of stock, or of those that a round solved."""
+    slots = np.frombuffer(row["slots"], np.int32)
+    factors = np.frombuffer(row["factors"], np.float32).reshape(-1, rank)
+    if row["solved"] is None:
+        return slots, factors
+    solved = np.frombuffer(row["solved"], np.bool_)
+    return slots[solved], factors[solved]
+
+
+def settler(
+    solver: Solver,
+    levels: tuple[float, float],
+    grams: dict[str, NDArray[np.float64]],
+    spare: float,
+    eager: Container[str],
+    page_keys: tuple[int, ...],
+) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    def solve(left: pa.Table, right: pa.Table) -> pa.Table:
+        kinds = arrow_kinds(RESULTS)
+        if not left.num_rows:
+            return pa.schema(kinds).empty_table()
+        pieces, messages = arrays_of(left), arrays_of(right)
+        sides = {
+            side: _patch_side(
+                [piece for piece in pieces if piece["side"] == side],
+                [row for row in messages if row["side"] == side],
+                solver.rank,
+                side in eager,
+            )
+            for side in SIDES
+        }
+        settled = settle(solver, sides, *levels, grams, spare)
+        rows = [row for side in SIDES for row in _result_rows(side, settled[side], page_keys)]
+        return pieces_table(rows, **kinds)
+
+    return solve
+
+
+def known_rows(
+    messages: list[dict[str, Any]], rank: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """(slots, factors) by slot from messages of one side; a slot may come twice."""
+    slots = [np.frombuffer(row["slots"], np.int32) for row in messages]
+    factors = [np.frombuffer(row["factors"], np.float32).reshape(-1, rank) for row in messages]
+    known, first = np.unique(np.concatenate([np.zeros(0, np.int32), *slots]), return_index=True)
+    return known, np.concatenate([np.zeros((0, rank), np.float32), *factors])[first]
+
+
+def _patch_side(
+    pieces: list[dict[str, Any]], messages: list[dict[str, Any]], rank: int, eager: bool
+) -> PatchSide:
+    """One side of a part from its rating pieces and the factor rows that came with them."""
+    pieces = sorted(pieces, key=lambda row: np.frombuffer(row["slots"], np.int32)[:1].tolist())
+    forced = [np.frombuffer(row["forced"], np.bool_) for row in pieces]
+    return PatchSide(
+        *known_rows(messages, rank),
+        RatingBlock.from_pieces(pieces),
+        np.concatenate([np.zeros(0, np.bool_), *forced]),
+        eager,
+    )
+
+
+def _result_rows(
+    side: str, settled: SettledSide, page_keys: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """Rows of `RESULTS`."""
+    totals: dict[str, Any] = {
+        "gram_change": raw(settled.gram_change, np.float64),
+        "solved_rows": settled.solved_rows,
+        "solved_ratings": settled.solved_ratings,
+        "scanned_ratings": settled.scanned_ratings,
+    }
+    factor_norm = np.linalg.norm(settled.factors.astype(np.float64), axis=1)
+    pushes = dict(_by_page(settled.push_slots, page_keys))
+    own = dict(_by_page(settled.slots, page_keys))
+    none = np.zeros(0, np.intp)
+    for page in sorted({page_keys[0], *pushes, *own}):
+        rows, pushed = own.get(page, none), pushes.get(page, none)
+        yield {
+            "side": side,
+            "page": page,
+            "slots": raw(settled.slots[rows], np.int32),
+            "factors": raw(settled.factors[rows], np.float32),
+            "gradient_norm": raw(settled.gradient_norm[rows], np.float64),
+            "b_norm": raw(settled.b_norm[rows], np.float64),
+            "factor_norm": raw(factor_norm[rows], np.float64),
+            "solved": raw(settled.solved[rows], np.bool_),
+            "push_slots": raw(settled.push_slots[pushed], np.int32),
+            "push_gradient": raw(settled.push_gradient[pushed], np.float64),
+            "push_b": raw(settled.push_b[pushed], np.float64),
+            **totals,
+        }
+        totals = dict.fromkeys(totals)
+
+
+def moved_unpacker(rank: int) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        for batch in batches:
+            for row in arrays_of(batch):
+                slots, factors = _solved_of(row, rank)
+                yield pa.RecordBatch.from_pydict(
+                    {
+                        "slot": slots,
+                        "factors": list_column(factors),
+                        "round": np.full(len(slots), row["round"], np.int32),
+                    }
+                )
+
+    return unpack
