@@ -63,6 +63,12 @@ def requests(path: Path, users: list[int]) -> Path:
     return path
 
 
+def users_of(spark: Any, root: Path) -> list[int]:
+    """The users of the model there, ascending."""
+    rows = spark.read.format("delta").load(str(root / "user_factors")).select("id")
+    return sorted(row[0] for row in rows.toLocalIterator())
+
+
 NIGHTS_HEAD = [
     *("night", "requests", "ratings", "rows re-solved", "rounds", "sweeps", "work, sweeps", "s"),
     *("largest residual", "ledger holds", "audit holds"),
@@ -136,20 +142,14 @@ def main(
         else:
             job("ingest_ratings", root, "--input", path, "--format", "movielens")
         trained = job("train", root, sets=sets)
-        everybody = [
-            row[0]
-            for row in spark.read.format("delta")
-            .load(str(root / "user_factors"))
-            .select("id")
-            .toLocalIterator()
-        ]
+        everybody = users_of(spark, root)
         for turn in range(repeat):
             for amount in amounts:
                 for direct in ("threshold", "resolve"):
                     copy = folder / "night"
                     shutil.rmtree(copy, ignore_errors=True)
                     shutil.copytree(root, copy)
-                    some = random.Random(turn).sample(sorted(everybody), amount)
+                    some = random.Random(turn).sample(everybody, amount)
                     asked = requests(folder / "requests.csv", some)
                     job("ingest_tombstones", copy, "--input", str(asked))
                     before = reading.total()

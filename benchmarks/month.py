@@ -17,7 +17,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from benchmarks.forgetting import NIGHTS_HEAD, job, nights_in_a_row
+from benchmarks.forgetting import NIGHTS_HEAD, job, nights_in_a_row, users_of
 from unlearn_spark.evaluation import synthetic
 
 
@@ -37,8 +37,7 @@ def main(users: int, items: int, ratings: int, rank: int, nights: int, share: fl
     job("ingest_ratings", root, "--input", source, "--format", "parquet")
     sets = (f"als.rank={rank}",)
     trained = job("train", root, sets=sets)
-    known = spark.read.format("delta").load(str(root / "user_factors")).select("id")
-    everybody = [row[0] for row in known.toLocalIterator()]
+    everybody = users_of(spark, root)
     a_night = max(1, round(share * len(everybody)))
     rows = nights_in_a_row(root, everybody, nights, a_night, sets)
     spark.stop()

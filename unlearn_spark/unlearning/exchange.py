@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side, pair_keys, raw
 from unlearn_spark.als.solver import cut_stack
-from unlearn_spark.als.spark import arrays_of, binary_table, list_column, pieces_table
+from unlearn_spark.als.spark import arrays_of, list_column, matrix_of, pieces_table
 from unlearn_spark.unlearning.ledger import rating_terms
-from unlearn_spark.unlearning.pages import COLUMNS, NO_CHANGES, Page, RatingChanges
-from unlearn_spark.unlearning.patch import PatchSide, SettledSide, settle
+from unlearn_spark.unlearning.pages import COLUMNS, Page, RatingChanges
+from unlearn_spark.unlearning.patch import PatchSide, SettledSide, places_among, settle
 
 if TYPE_CHECKING:
     from unlearn_spark.als.kernel import Objective
@@ -34,9 +36,24 @@ _TYPES = {
 }
 
 
-def arrow_kinds(schema: str) -> dict[str, pa.DataType]:
-    """The Arrow types of a schema, for `spark.binary_table`."""
+def _arrow_kinds(schema: str) -> dict[str, pa.DataType]:
+    """The Arrow types of a schema, for `spark.pieces_table`."""
     return {name: _TYPES[kind] for name, kind in (each.split() for each in schema.split(", "))}
+
+
+def _table_of(schema: str, rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows of a schema, also none."""
+    kinds = _arrow_kinds(schema)
+    return pieces_table(rows, **kinds) if rows else pa.schema(kinds).empty_table()
+
+
+def _by_side(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each side, in their order."""
+    return {side: [row for row in rows if row["side"] == side] for side in SIDES}
+
+
+def _tables_by_side(table: pa.Table) -> dict[str, pa.Table]:
+    return {side: table.filter(pa.compute.equal(table["side"], side)) for side in SIDES}
 
 
 _BINARY_COLUMNS = ", ".join(f"{name} binary" for name in COLUMNS)
@@ -46,8 +63,8 @@ PAGES = f"side string, page int, {_BINARY_COLUMNS}, summary binary"
 STOCK = "side string, page int, slots binary, factors binary"
 """Factors of rows of a page, a few rows at a time."""
 
-ASKED = f"side string, block int, chunk int, key int, {_BINARY_COLUMNS}"
-"""What a patch asks for: `slots` of a stored chunk, or (block is null) the rows of a part."""
+WANTED = "side string, block int, chunk int, wanted binary"
+"""Slots of a stored chunk that a patch looks at."""
 
 LOADED = f"key int, side string, counts binary, others binary, values binary, {_BINARY_COLUMNS}"
 """Packed ratings of a part, or (counts is null) its ledger entries with their changes."""
@@ -79,15 +96,22 @@ ENTRIES = (
 )
 
 
-def page_row(
-    side: str, number: int, page: Page, n_blocks: int, tau: float, mark: float
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Levels:
+    """What a page's summary is made with: blocks of each side, tau and the mark."""
+
+    n_blocks: dict[str, int]
+    tau: float
+    mark: float
+
+
+def _page_row(side: str, number: int, page: Page, levels: Levels) -> dict[str, Any]:
     """A row of `PAGES`."""
-    summary = pickle.dumps(page.summary(n_blocks, tau, mark))
+    summary = pickle.dumps(page.summary(levels.n_blocks[side], levels.tau, levels.mark))
     return {"side": side, "page": number, **page.to_binary(), "summary": summary}
 
 
-def opened_page(state: pa.Table) -> Page:
+def _opened_page(state: pa.Table) -> Page:
     """A page from the rows, entries and changes of one side, told apart by what they lack."""
 
     def which(column: str) -> dict[str, NDArray[Any]]:
@@ -99,28 +123,17 @@ def opened_page(state: pa.Table) -> Page:
         }
 
     rows, stored, changes = which("n_ratings"), which("gradient_norm"), which("other_slot")
-    empty = {
-        name: np.zeros(0, kind)
-        for name, kind in [
-            ("slot", np.int32), ("chunk", np.int32), ("gradient_norm", np.float64),
-            ("b_norm", np.float64), ("factor_norm", np.float64),
-        ]
-    }  # fmt: skip
-    stored = {**empty, **stored}
-    taken = NO_CHANGES
-    if len(changes["slot"]):
-        taken = RatingChanges(
-            *(changes[n] for n in ("slot", "other_slot", "value", "change", "model_version"))
-        )
     return Page.opened(
         rows["slot"],
         rows["n_ratings"],
         {**stored, "slots": stored["slot"], "chunks": stored["chunk"]},
-        taken,
+        RatingChanges(
+            *(changes[n] for n in ("slot", "other_slot", "value", "change", "model_version"))
+        ),
     )
 
 
-def pushes_of(
+def _pushes_of(
     page: Page,
     tonight: int,
     mine: tuple[NDArray[np.int32], NDArray[np.float32]],
@@ -139,8 +152,8 @@ def pushes_of(
     if not len(news):
         return np.zeros(0, np.int32), np.zeros(0), np.zeros(0)
     slots, rows = np.unique(news.rows, return_inverse=True)
-    y = mine[1][np.searchsorted(mine[0], slots)]
-    places = np.searchsorted(others[0], news.others)
+    y = mine[1][places_among(slots, mine[0])]
+    places = places_among(news.others, others[0])
     added = news.signs > 0
     change = [
         rating_terms(rows[which], places[which], news.values[which], y, others[1], objective)
@@ -150,7 +163,7 @@ def pushes_of(
     return slots, gradient, b
 
 
-def page_after(page: Page, results: list[dict[str, Any]], drift: float, again: bool) -> Page:
+def _page_after(page: Page, results: list[dict[str, Any]], drift: float, again: bool) -> Page:
     """A page after a round. What a patch says of its own rows is final: no push, and no drift,
     comes on top."""
 
@@ -168,37 +181,56 @@ def page_after(page: Page, results: list[dict[str, Any]], drift: float, again: b
     return page.looked_at(column("slots", np.int32), norms, column("solved", np.bool_), again)
 
 
-def asker(
-    patch: dict[str, str], mark: float, keys: tuple[int, ...], n_blocks: dict[str, int]
+def _mapped(
+    function: Callable[[dict[str, Any]], Iterator[dict[str, Any]]],
+    schema: str,
+    one_batch: bool = False,
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    nothing = dict.fromkeys(COLUMNS)
+    """For `mapInArrow`: a function that makes rows of a schema from one row; `one_batch` where they
+    are many and small."""
 
-    def of_page(side: str, page: Page) -> Iterator[dict[str, Any]]:
-        mine = page.of(page.chosen(patch[side], mark))
-        stored = mine.chunks >= 0
-        slots = mine.slots[stored]
-        places = pair_keys(slots % np.int32(n_blocks[side]), mine.chunks[stored])
+    def apply(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        for batch in batches:
+            for row in arrays_of(batch):
+                table = _table_of(schema, list(function(row)))
+                yield from (table.combine_chunks() if one_batch else table).to_batches()
+
+    return apply
+
+
+def chunk_finder(
+    patch: dict[str, str], mark: float, n_blocks: dict[str, int]
+) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """From pages of the ledger the chunks (`WANTED`) that have chosen rows."""
+
+    def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        side, page = row["side"], Page.from_binary(row)
+        chosen = page.chosen(patch[side], mark) & (page.chunks >= 0)
+        slots = page.slots[chosen]
+        places = pair_keys(slots % np.int32(n_blocks[side]), page.chunks[chosen])
         for place in np.unique(places):
             yield {
                 "side": side,
                 "block": int(place >> 32),
                 "chunk": int(place & 0xFFFFFFFF),
-                "key": None,
-                **nothing,
-                "slots": raw(slots[places == place], np.int32),
+                "wanted": raw(slots[places == place], np.int32),
             }
-        for part, rows in mine.split(len(keys)):
-            place = {"side": side, "block": None, "chunk": None, "key": keys[part]}
-            yield {**place, **rows.to_binary()}
 
-    def ask(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
-        for batch in batches:
-            for row in arrays_of(batch):
-                asked = list(of_page(row["side"], Page.from_binary(row)))
-                if asked:
-                    yield from binary_table(asked, **arrow_kinds(ASKED)).to_batches()
+    return _mapped(find, WANTED, one_batch=True)
 
-    return ask
+
+def entry_finder(
+    patch: dict[str, str], mark: float, keys: tuple[int, ...]
+) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """From pages of the ledger the chosen rows (`LOADED`) by part."""
+
+    def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        page = Page.from_binary(row)
+        for part, mine in page.of(page.chosen(patch[row["side"]], mark)).split(len(keys)):
+            no_ratings = dict.fromkeys(("counts", "others", "values"))
+            yield {"key": keys[part], "side": row["side"], **no_ratings, **mine.to_binary()}
+
+    return _mapped(find, LOADED)
 
 
 def wanted_keeper(
@@ -216,17 +248,27 @@ def wanted_keeper(
             place = {"key": keys[number], "side": row["side"]}
             yield {**place, **counted, **nothing, "slots": packed["slots"]}
 
-    def keep(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
-        for batch in batches:
-            for row in arrays_of(batch):
-                kept = list(pieces(row))
-                if kept:
-                    yield from pieces_table(kept, **arrow_kinds(LOADED)).to_batches()
-
-    return keep
+    return _mapped(pieces, LOADED)
 
 
-def part_pieces(loaded: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def joiner(keys: tuple[int, ...]) -> Callable[[pa.Table], pa.Table]:
+    """What was loaded (`LOADED`) of a part as its ratings (`PARTS`)."""
+    numbers = {key: part for part, key in enumerate(keys)}
+
+    def join_up(table: pa.Table) -> pa.Table:
+        loaded = arrays_of(table)
+        key = loaded[0]["key"]
+        found: list[dict[str, Any]] = []
+        for side, mine in _by_side(loaded).items():
+            if mine:
+                place = {"key": key, "part": numbers[key], "side": side}
+                found += [{**place, **piece} for piece in _part_pieces(mine)]
+        return _table_of(PARTS, found)
+
+    return join_up
+
+
+def _part_pieces(loaded: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The ratings of one side of a part with their changes, piece by piece, and which rows are
     forced."""
     pages = [Page.from_binary(row) for row in loaded if row["counts"] is None]
@@ -260,13 +302,13 @@ def need_finder(
                     found.setdefault((side, row["key"]), []).append(slots)
         for (side, key), arrays in found.items():
             slots = np.unique(np.concatenate(arrays))
-            for row in needed_rows(side, key, slots, page_keys):
-                yield from binary_table([row], **arrow_kinds(NEEDED)).to_batches()
+            for row in _needed_rows(side, key, slots, page_keys):
+                yield from _table_of(NEEDED, [row]).to_batches()
 
     return need
 
 
-def needed_rows(
+def _needed_rows(
     side: str, key: int, slots: NDArray[np.int32], page_keys: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
     """Rows of `NEEDED`."""
@@ -283,7 +325,7 @@ def _by_page(
         yield page_keys[number], np.flatnonzero(numbers == number)
 
 
-def stock_rows(
+def _stock_rows(
     place: dict[str, Any], slots: NDArray[np.int32], factors: NDArray[np.float32]
 ) -> Iterator[dict[str, Any]]:
     for own, stack in cut_stack(slots, factors[None]):
@@ -294,25 +336,24 @@ def fetcher(rank: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
     """Answers what parts need from the factors of a page."""
 
     def fetch(left: pa.Table, right: pa.Table) -> pa.Table:
-        kinds = arrow_kinds(MESSAGES)
-        stock = sorted(arrays_of(right), key=lambda row: row["round"])
+        asked = _by_side(arrays_of(left))
+        stock = _by_side(sorted(arrays_of(right), key=lambda row: row["round"]))
         answers: list[dict[str, Any]] = []
         for side in SIDES:
-            asked = [row for row in arrays_of(left) if row["side"] == side]
-            mine = [_solved_of(row, rank) for row in stock if row["side"] == side]
-            if not asked or not mine:
+            if not asked[side] or not stock[side]:
                 continue
+            mine = [_solved_of(row, rank) for row in stock[side]]
             slots = np.concatenate([known for known, _ in mine])
             factors = np.concatenate([values for _, values in mine])
             # Later rounds stand behind: of a slot's rows the last one counts.
             known, from_end = np.unique(slots[::-1], return_index=True)
             rows = len(slots) - 1 - from_end
-            for row in asked:
+            for row in asked[side]:
                 wanted = np.frombuffer(row["slots"], np.int32)
-                places = rows[np.searchsorted(known, wanted)]
+                places = rows[places_among(wanted, known)]
                 place = {"side": side, "key": row["key"]}
-                answers += stock_rows(place, wanted, factors[places])
-        return pieces_table(answers, **kinds) if answers else pa.schema(kinds).empty_table()
+                answers += _stock_rows(place, wanted, factors[places])
+        return _table_of(MESSAGES, answers)
 
     return fetch
 
@@ -336,27 +377,118 @@ def settler(
     page_keys: tuple[int, ...],
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
-        kinds = arrow_kinds(RESULTS)
         if not left.num_rows:
-            return pa.schema(kinds).empty_table()
-        pieces, messages = arrays_of(left), arrays_of(right)
+            return _table_of(RESULTS, [])
+        pieces, messages = _by_side(arrays_of(left)), _by_side(arrays_of(right))
         sides = {
-            side: _patch_side(
-                [piece for piece in pieces if piece["side"] == side],
-                [row for row in messages if row["side"] == side],
-                solver.rank,
-                side in eager,
-            )
+            side: _patch_side(pieces[side], messages[side], solver.rank, side in eager)
             for side in SIDES
         }
         settled = settle(solver, sides, *levels, grams, spare)
         rows = [row for side in SIDES for row in _result_rows(side, settled[side], page_keys)]
-        return pieces_table(rows, **kinds)
+        return _table_of(RESULTS, rows)
 
     return solve
 
 
-def known_rows(
+def packer(rank: int) -> Callable[[pa.Table], pa.Table]:
+    """Factor rows (side, page, slot, factors) of a page as `STOCK`."""
+
+    def pack(table: pa.Table) -> pa.Table:
+        number = table["page"][0].as_py()
+        packed: list[dict[str, Any]] = []
+        for side, rows in _tables_by_side(table).items():
+            mine = rows.sort_by("slot")
+            if mine.num_rows:
+                slots, factors = mine["slot"].to_numpy(), matrix_of(mine["factors"], rank)
+                packed += _stock_rows({"side": side, "page": number}, slots, factors)
+        return _table_of(STOCK, packed)
+
+    return pack
+
+
+def change_need_finder(page_keys: tuple[int, ...]) -> Callable[[pa.Table], pa.Table]:
+    """From changes (side, page, slot, other_slot) of a page the rows whose factors it needs
+    (`NEEDED`)."""
+
+    def need(table: pa.Table) -> pa.Table:
+        key = table["page"][0].as_py()
+        needed: list[dict[str, Any]] = []
+        for side, mine in _tables_by_side(table).items():
+            for name, of in (("slot", side), ("other_slot", other_side(side))):
+                needed += _needed_rows(of, key, np.unique(mine[name].to_numpy()), page_keys)
+        return _table_of(NEEDED, needed)
+
+    return need
+
+
+def page_opener(
+    solver: Solver, tonight: int, drifts: dict[str, float], force: bool, levels: Levels
+) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    """A page's rows, entries and changes and the factors that these need (`MESSAGES`) as `PAGES`,
+    with tonight's changes pushed."""
+
+    def make(left: pa.Table, right: pa.Table) -> pa.Table:
+        known = {
+            side: _known_rows(rows, solver.rank)
+            for side, rows in _by_side(arrays_of(right)).items()
+        }
+        made = []
+        for side, state in _tables_by_side(left).items():
+            if state["n_ratings"].null_count == state.num_rows:
+                continue  # no rows of this side
+            page, other = _opened_page(state), other_side(side)
+            pushes = _pushes_of(page, tonight, known[side], known[other], solver.objective)
+            page = page.pushed(*pushes, drifts[other], force)
+            made.append(_page_row(side, state["page"][0].as_py(), page, levels))
+        return _table_of(PAGES, made)
+
+    return make
+
+
+def result_taker(
+    drifts: dict[str, float], again: bool, levels: Levels
+) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    """The pages after a round, from those before and its `RESULTS`."""
+
+    def take(left: pa.Table, right: pa.Table) -> pa.Table:
+        results = _by_side(arrays_of(right))
+        made = []
+        for row in arrays_of(left):
+            side = row["side"]
+            page = Page.from_binary(row)
+            page = _page_after(page, results[side], drifts[other_side(side)], again)
+            made.append(_page_row(side, row["page"], page, levels))
+        return _table_of(PAGES, made)
+
+    return take
+
+
+def entry_unpacker(
+    n_blocks: dict[str, int],
+) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """Pages of the ledger as `ENTRIES`."""
+
+    def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        for batch in batches:
+            for row in arrays_of(batch):
+                page = Page.from_binary(row)
+                yield pa.RecordBatch.from_pydict(
+                    {
+                        "side": pa.array([row["side"]] * len(page.slots), pa.string()),
+                        "slot": page.slots,
+                        "block": page.slots % np.int32(n_blocks[row["side"]]),
+                        "chunk": page.chunks,
+                        "gradient_norm": page.gradient_norm,
+                        "b_norm": page.b_norm,
+                        "factor_norm": page.factor_norm,
+                    }
+                )
+
+    return unpack
+
+
+def _known_rows(
     messages: list[dict[str, Any]], rank: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """(slots, factors) by slot from messages of one side; a slot may come twice."""
@@ -373,7 +505,7 @@ def _patch_side(
     pieces = sorted(pieces, key=lambda row: np.frombuffer(row["slots"], np.int32)[:1].tolist())
     forced = [np.frombuffer(row["forced"], np.bool_) for row in pieces]
     return PatchSide(
-        *known_rows(messages, rank),
+        *_known_rows(messages, rank),
         RatingBlock.from_pieces(pieces),
         np.concatenate([np.zeros(0, np.bool_), *forced]),
         eager,

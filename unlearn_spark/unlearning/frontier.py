@@ -22,35 +22,27 @@ and one takes the results, by page, into the ledger.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import SIDES, other_side
+from unlearn_spark.als.blocks import SIDES
 from unlearn_spark.als.encoding import TASK_RATINGS
 from unlearn_spark.als.spark import (
-    arrays_of,
     balanced_keys,
-    binary_table,
     materialise,
-    matrix_of,
     part_key,
-    pieces_table,
 )
 from unlearn_spark.unlearning import exchange
 from unlearn_spark.unlearning.ledger import drift
 from unlearn_spark.unlearning.pages import (
-    COLUMNS,
     NOTHING,
     PAGE_ROWS,
-    Page,
     Summary,
 )
 
@@ -61,7 +53,7 @@ if TYPE_CHECKING:
     from unlearn_spark.config import ExecutionSettings, UnlearnSettings
 
 
-Places = Sequence[tuple[int, int]]
+Places = Collection[tuple[int, int]]
 """(block, chunk)s."""
 
 MOST_SWEEPS, SHARE_OF_TRAINING = 4.0, 0.25
@@ -115,8 +107,6 @@ class Frontier:
         Packed ratings of both sides (`encoding.CHUNK_SCHEMA`).
     n_blocks
         By side.
-    n_rows
-        Of both sides.
     training_sweeps
         Sweeps that the model's training took; 0 where that is not known.
     pages
@@ -155,6 +145,10 @@ class Frontier:
         """
         return self.settings.tau if self.solver.objective.implicit_prefs else self.settings.mark
 
+    @property
+    def _levels(self) -> exchange.Levels:
+        return exchange.Levels(self.n_blocks, self.settings.tau, self.mark)
+
     # --- reading -----------------------------------------------------------------------------
 
     def current(self, side: str) -> DataFrame:
@@ -174,25 +168,7 @@ class Frontier:
 
     def entries(self) -> DataFrame:
         """The ledger of both sides as rows: side, slot, block, chunk and the three norms."""
-        n_blocks = self.n_blocks
-
-        def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
-            for batch in batches:
-                for row in arrays_of(batch):
-                    page = Page.from_binary(row)
-                    yield pa.RecordBatch.from_pydict(
-                        {
-                            "side": pa.array([row["side"]] * len(page.slots), pa.string()),
-                            "slot": page.slots,
-                            "block": page.slots % np.int32(n_blocks[row["side"]]),
-                            "chunk": page.chunks,
-                            "gradient_norm": page.gradient_norm,
-                            "b_norm": page.b_norm,
-                            "factor_norm": page.factor_norm,
-                        }
-                    )
-
-        return self.pages.mapInArrow(unpack, exchange.ENTRIES)
+        return self.pages.mapInArrow(exchange.entry_unpacker(self.n_blocks), exchange.ENTRIES)
 
     def ratings_of(
         self, patch: Mapping[str, str], keys: tuple[int, ...], places: Mapping[str, Places | None]
@@ -209,46 +185,25 @@ class Frontier:
             By side the (block, chunk)s in which these rows lie, where they are known and few: no
             other file is read.
         """
-        asked = self.pages.where(F.col("side").isin(list(patch))).mapInArrow(
-            exchange.asker(dict(patch), self.mark, keys, self.n_blocks), exchange.ASKED
+        chosen, of = self.pages.where(F.col("side").isin(list(patch))), dict(patch)
+        wanted = chosen.mapInArrow(
+            exchange.chunk_finder(of, self.mark, self.n_blocks), exchange.WANTED
         )
+        rows = chosen.mapInArrow(exchange.entry_finder(of, self.mark, keys), exchange.LOADED)
         chunks = [
             self.chunks.where(F.col("side") == side).where(_at(places.get(side))) for side in patch
         ]
-        wanted = asked.where("block IS NOT NULL").select(
-            "side", "block", "chunk", F.col("slots").alias("wanted")
-        )
         stored = (
             _union(chunks)
             .join(F.broadcast(wanted), ["side", "block", "chunk"])
             .select("side", "wanted", "slots", "counts", "others", "values")
             .mapInArrow(exchange.wanted_keeper(keys), exchange.LOADED)
         )
-        nothing = F.lit(None).cast("binary")
-        rows = asked.where("block IS NULL").select(
-            "key",
-            "side",
-            *[nothing.alias(name) for name in ("counts", "others", "values")],
-            *COLUMNS,
-        )
-        numbers = {key: part for part, key in enumerate(keys)}
-
-        def join_up(table: pa.Table) -> pa.Table:
-            loaded = arrays_of(table)
-            key = loaded[0]["key"]
-            found: list[dict[str, Any]] = []
-            for side in SIDES:
-                mine = [row for row in loaded if row["side"] == side]
-                if mine:
-                    place = {"key": key, "part": numbers[key], "side": side}
-                    found += [{**place, **piece} for piece in exchange.part_pieces(mine)]
-            return pieces_table(found, **exchange.arrow_kinds(exchange.PARTS))
-
         # As many partitions as parts: adaptive execution would join them by their size.
         loaded = stored.unionByName(rows).repartition(len(keys), "key")
         return (
             loaded.groupBy("key")
-            .applyInArrow(join_up, exchange.PARTS)
+            .applyInArrow(exchange.joiner(keys), exchange.PARTS)
             .repartition(len(keys), "key")  # so that cogroups find the parts where they lie
         )
 
@@ -276,66 +231,23 @@ class Frontier:
             By side: float64 (rank, rank) change of its Gram matrix because rows left or came;
             None in explicit mode.
         """
-        rank, n_blocks, page_keys = self.solver.rank, self.n_blocks, self.page_keys
-        page = part_key("slot", page_keys).alias("page")
+        page = part_key("slot", self.page_keys).alias("page")
         drifts = {s: drift(m) if m is not None else 0.0 for s, m in gram_changes.items()}
-        objective = self.solver.objective
-        force = self.settings.direct_rows == "resolve"
-        levels = (self.settings.tau, self.mark)
-        rows = _union(
-            [self.rows[side].withColumn("side", F.lit(side)) for side in SIDES],
-        )
+        rows = _union([self.rows[side].withColumn("side", F.lit(side)) for side in SIDES])
         changes = changes.select(
             "side", page, "slot", "other_slot", "value", "change", "model_version"
         )
-
-        def pack(table: pa.Table) -> pa.Table:
-            number = table["page"][0].as_py()
-            packed: list[dict[str, Any]] = []
-            for side in SIDES:
-                mine = table.filter(pa.compute.equal(table["side"], side)).sort_by("slot")
-                if mine.num_rows:
-                    slots, factors = mine["slot"].to_numpy(), matrix_of(mine["factors"], rank)
-                    packed += exchange.stock_rows({"side": side, "page": number}, slots, factors)
-            return pieces_table(packed, **exchange.arrow_kinds(exchange.STOCK))
-
-        def need(table: pa.Table) -> pa.Table:
-            key = table["page"][0].as_py()
-            needed: list[dict[str, Any]] = []
-            for side in SIDES:
-                mine = table.filter(pa.compute.equal(table["side"], side))
-                for name, of in (("slot", side), ("other_slot", other_side(side))):
-                    slots = np.unique(mine[name].to_numpy()).astype(np.int32)
-                    needed += exchange.needed_rows(of, key, slots, page_keys)
-            return binary_table(needed, **exchange.arrow_kinds(exchange.NEEDED))
-
-        def make(left: pa.Table, right: pa.Table) -> pa.Table:
-            made, messages = [], arrays_of(right)
-            known = {
-                side: exchange.known_rows([row for row in messages if row["side"] == side], rank)
-                for side in SIDES
-            }
-            for side in SIDES:
-                state = left.filter(pa.compute.equal(left["side"], side))
-                if state["n_ratings"].null_count == state.num_rows:
-                    continue  # no rows of this side
-                opened = exchange.opened_page(state)
-                pushes = exchange.pushes_of(
-                    opened, tonight, known[side], known[other_side(side)], objective
-                )
-                opened = opened.pushed(*pushes, drifts[other_side(side)], force)
-                number = state["page"][0].as_py()
-                made.append(exchange.page_row(side, number, opened, n_blocks[side], *levels))
-            kinds = exchange.arrow_kinds(exchange.PAGES)
-            return binary_table(made, **kinds) if made else pa.schema(kinds).empty_table()
-
         self.stock = self._checkpoint(
             rows.select("side", page, "slot", "factors")
             .groupBy("page")
-            .applyInArrow(pack, exchange.STOCK)
+            .applyInArrow(exchange.packer(self.solver.rank), exchange.STOCK)
         )
         news = changes.where(F.col("model_version") == tonight)
-        needed = news.select("side", "page", "slot", "other_slot").groupBy("page")
+        needed = (
+            news.select("side", "page", "slot", "other_slot")
+            .groupBy("page")
+            .applyInArrow(exchange.change_need_finder(self.page_keys), exchange.NEEDED)
+        )
         states = _union(
             [
                 rows.where("n_ratings > 0").select("side", page, "slot", "n_ratings"),
@@ -345,10 +257,12 @@ class Frontier:
                 changes,
             ],
         )
+        force = self.settings.direct_rows == "resolve"
+        opener = exchange.page_opener(self.solver, tonight, drifts, force, self._levels)
         self.pages = self._checkpoint(
             states.groupBy("page")
-            .cogroup(self._fetched(needed.applyInArrow(need, exchange.NEEDED)).groupBy("key"))
-            .applyInArrow(make, exchange.PAGES)
+            .cogroup(self._fetched(needed).groupBy("key"))
+            .applyInArrow(opener, exchange.PAGES)
         )
         for side, change in gram_changes.items():
             if change is not None:
@@ -413,10 +327,7 @@ class Frontier:
         self.rounds += 1
         ratings = sum(state[side].ratings[name] for side, name in patch.items())
         places = {side: state[side].places[name] for side, name in patch.items()}
-        result = self._settle(
-            patch, ratings, {s: sorted(p) if p is not None else None for s, p in places.items()},
-            eager,
-        )  # fmt: skip
+        result = self._settle(patch, ratings, places, eager)
         rank = self.solver.rank
         changes = {side: np.zeros((rank, rank)) for side in SIDES}
         for row in result.select(*exchange.TOTALS).where("gram_change IS NOT NULL").collect():
@@ -426,26 +337,12 @@ class Frontier:
         if self.solver.objective.implicit_prefs:
             self.grams = {side: self.grams[side] + changes[side] for side in SIDES}
             drifts = {side: drift(changes[side]) for side in SIDES}
-        again = ratings <= PATCH_RATINGS
-        n_blocks, levels = self.n_blocks, (self.settings.tau, self.mark)
-
-        def take(left: pa.Table, right: pa.Table) -> pa.Table:
-            made, results = [], arrays_of(right)
-            for row in arrays_of(left):
-                side = row["side"]
-                mine = [one for one in results if one["side"] == side]
-                page = exchange.page_after(
-                    Page.from_binary(row), mine, drifts[other_side(side)], again
-                )
-                made.append(exchange.page_row(side, row["page"], page, n_blocks[side], *levels))
-            kinds = exchange.arrow_kinds(exchange.PAGES)
-            return binary_table(made, **kinds) if made else pa.schema(kinds).empty_table()
-
+        taker = exchange.result_taker(drifts, ratings <= PATCH_RATINGS, self._levels)
         news = result.drop("factors", *[name for name in exchange.TOTALS if name != "side"])
         self.pages = self._checkpoint(
             self.pages.groupBy("page")
             .cogroup(news.groupBy("page"))
-            .applyInArrow(take, exchange.PAGES)
+            .applyInArrow(taker, exchange.PAGES)
         )
         self.results.append(result.withColumn("round", F.lit(self.rounds)))
         if len(self.results) >= MOST_RESULTS:
@@ -453,9 +350,8 @@ class Frontier:
             self.results = [self._checkpoint(self._all_results())]
 
     def _all_results(self) -> DataFrame:
-        return _union([frame.select("side", "page", "slots", "factors", "solved", "round")
-             for frame in self.results],
-        )  # fmt: skip
+        wanted = ("side", "page", "slots", "factors", "solved", "round")
+        return _union([frame.select(*wanted) for frame in self.results])
 
     def _fetched(self, needed: DataFrame) -> DataFrame:
         """Factors as they are now (`exchange.MESSAGES`) of needed rows (`exchange.NEEDED`)."""

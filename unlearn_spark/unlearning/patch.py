@@ -162,8 +162,8 @@ class _Side:
         self.solver = solver
         self.known, self.before, self.factors = mine.known, mine.factors, mine.factors.copy()
         self.slots = mine.ratings.slots
-        self.places = _places(self.slots, mine.known)
-        self.ratings = replace(mine.ratings, others=_places(mine.ratings.others, other.known))
+        self.places = places_among(self.slots, mine.known)
+        self.ratings = replace(mine.ratings, others=places_among(mine.ratings.others, other.known))
         self.entry_rows = np.repeat(np.arange(n, dtype=np.int32), np.diff(mine.ratings.indptr))
         self.gram = gram_before
         self.forced = mine.forced.copy()
@@ -261,7 +261,7 @@ class _Side:
         )
 
 
-def _places(slots: NDArray[np.int32], known: NDArray[np.int32]) -> NDArray[np.int32]:
+def places_among(slots: NDArray[np.int32], known: NDArray[np.int32]) -> NDArray[np.int32]:
     """Where in `known` the slots stand."""
     places = np.searchsorted(known, slots).astype(np.int32)
     if len(slots) and (places.max() >= len(known) or (known[places] != slots).any()):
