@@ -37,10 +37,25 @@ _DELTA = {
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
 }
 
-_STATIC_DEFAULTS = {
+_JAVA_OPTIONS = (
     # Deep plans and MLlib's ALS lineage overflow the JVM's default stack.
-    "spark.driver.extraJavaOptions": "-Xss16m",
-    "spark.executor.extraJavaOptions": "-Xss16m",
+    "-Xss16m",
+    # These keep the heap near what is in use; other collectors than G1 take no notice of most. G1
+    # grows it when pauses take more than 1/13 of the time, a limit that it scales down by how much
+    # smaller the heap is than it may be (to 1/100 at 0.5 GB of 8): half of the time instead.
+    "-XX:GCTimeRatio=1",
+    # It looks for garbage among what outlived a few collections, such as the factors of earlier
+    # sweeps, when it predicts that to be needed, which is late: at 30% of the heap instead.
+    "-XX:-G1UseAdaptiveIHOP",
+    "-XX:InitiatingHeapOccupancyPercent=30",
+    # And whenever it has looked, it gives back all but this share of the heap.
+    "-XX:MinHeapFreeRatio=20",
+    "-XX:MaxHeapFreeRatio=40",
+)
+
+_STATIC_DEFAULTS = {
+    "spark.driver.extraJavaOptions": " ".join(_JAVA_OPTIONS),
+    "spark.executor.extraJavaOptions": " ".join(_JAVA_OPTIONS),
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
     "spark.python.worker.reuse": "true",
@@ -51,6 +66,8 @@ _STATIC_DEFAULTS = {
     "spark.shuffle.checksum.algorithm": "CRC32C",
     # Rows are few and of up to a megabyte: a sort of them would not fill the default's 64.
     "spark.buffer.pageSize": "500k",
+    # Every stage is broadcast in blocks of this size, of which it fills a fraction.
+    "spark.broadcast.blockSize": "256k",
 }
 
 _DEFAULTS = {
@@ -64,9 +81,10 @@ _DEFAULTS = {
 
 
 _MALLOC = {
-    # Buffers of megabytes go back to the system when they are freed, in the JVM and in workers.
+    # Messages (`als.solver.MESSAGE_BYTES`) and whatever is larger go back to the system when they
+    # are freed, in the JVM and in workers; else a heap of 30 to 80 MB a worker would remain.
     "MALLOC_ARENA_MAX": "2",
-    "MALLOC_MMAP_THRESHOLD_": "4194304",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 

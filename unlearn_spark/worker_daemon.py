@@ -1,7 +1,8 @@
 """What Python workers are forked from: pyspark's daemon with the product's imports done already.
 
 A job of seconds starts a dozen workers, and each would import NumPy, Arrow and the compiled kernels
-anew (0.6 s); a fork of a process that has them starts at once and shares their memory. Spark runs
+anew (0.6 s), and pandas, which pyspark itself imports in every worker that calls an Arrow function
+(0.4 s, 30 MB); a fork of a process that has them starts at once and shares their memory. Spark runs
 this module where `spark.python.daemon.module` names it (`unlearn_spark.session` does).
 
 It also imports pyspark from its directory. Spark puts its zips and a jar before that, and a worker
@@ -31,11 +32,12 @@ def without_archives(path: Sequence[str]) -> list[str]:
 
 
 def warm_up() -> None:
-    """Load the compiled kernels by solving one row in both precisions."""
+    """Import what tasks name, and load the compiled kernels: solve one row in both precisions."""
     import numpy as np
+    import pandas  # noqa: F401
 
-    from unlearn_spark.als import kernel
-    from unlearn_spark.unlearning import frontier  # noqa: F401  (all that a task may name)
+    from unlearn_spark.als import kernel, training  # noqa: F401
+    from unlearn_spark.unlearning import frontier  # noqa: F401
 
     indptr, others = np.array([0, 1], np.int64), np.zeros(1, np.int32)
     ones = np.ones((1, 1), np.float32)

@@ -49,12 +49,14 @@ class PartReader:
     side: str = ""
     sent: bool = True
 
-    def ask(self, parts: DataFrame) -> DataFrame:
-        """What has to travel of the parts (`PART_SCHEMA`)."""
-        return parts if self.sent else parts.select("key", "part")
-
     def read(self, pieces: pa.Table) -> tuple[int, RatingBlock | None]:
-        """A part's number and its ratings, None where they are missing; runs in a worker."""
+        """A part's number and its ratings, None where they are missing; runs in a worker.
+
+        Parameters
+        ----------
+        pieces
+            The part's rows (`PART_SCHEMA`); if it was not sent, key and part of them.
+        """
         if self.sent:
             number, block = part_of(pieces)
             self._keep(number, block)

@@ -118,8 +118,7 @@ def solve_side(
         return pieces_table(solver.factor_rows(part, ratings.slots, factors, penalty))
 
     return (
-        reader.ask(parts)
-        .groupBy("key")
+        parts.groupBy("key")
         .cogroup(deliver(layout, other).groupBy("key"))
         .applyInArrow(solve, FACTOR_SCHEMA)
     )
@@ -153,12 +152,7 @@ def sweep_anchor(
         found = solve_anchor(solver, ratings, seen, stack)
         return pieces_table(state_rows(part, ratings.slots, found, seen.missing))
 
-    return (
-        reader.ask(parts)
-        .groupBy("key")
-        .cogroup(messages.groupBy("key"))
-        .applyInArrow(solve, STATE_SCHEMA)
-    )
+    return parts.groupBy("key").cogroup(messages.groupBy("key")).applyInArrow(solve, STATE_SCHEMA)
 
 
 def state_rows(
@@ -282,12 +276,7 @@ def finish_side(
             }
         )
 
-    return (
-        reader.ask(parts)
-        .groupBy("key")
-        .cogroup(messages.groupBy("key"))
-        .applyInArrow(scan, ROW_SCHEMA)
-    )
+    return parts.groupBy("key").cogroup(messages.groupBy("key")).applyInArrow(scan, ROW_SCHEMA)
 
 
 def map_rows(

@@ -145,6 +145,9 @@ class Encoded:
         By side: id, n_ratings, block, slot.
     parts
         By side: rating parts, placed.
+    places
+        By side: key and part of those alone, where they are. Spark reads all columns of a cache to
+        hand on two of them, and a sweep that sends no ratings wants these.
     n_ratings
         Over all.
     held
@@ -156,6 +159,7 @@ class Encoded:
     layouts: dict[str, SideLayout]
     dictionaries: dict[str, DataFrame]
     parts: dict[str, DataFrame]
+    places: dict[str, DataFrame]
     n_ratings: int
     held: list[DataFrame]
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -174,7 +178,7 @@ class Encoded:
     def release(self) -> None:
         """Drop the caches and the workers' files."""
         if not self.fits_one_task:
-            drop([frame.select("key") for frame in self.parts.values()], self.token)
+            drop([frame.select("key") for frame in self.places.values()], self.token)
         for frame in self.held:
             frame.unpersist()
 
@@ -278,10 +282,13 @@ def _encode(ratings: DataFrame, settings: AlsSettings, execution: ExecutionSetti
     }
     # On disk: the first sweep reads them, and then the workers have files of their own.
     entries = encoding.encode(fragments, numbered, layouts).persist(StorageLevel.DISK_ONLY)
-    entries.count()
+    placed = entries.select("side", "key", "part").persist()
+    placed.count()
     fragments.unpersist()
     parts = {side: encoding.entries_of(entries, side) for side in SIDES}
-    return Encoded(layouts, dictionaries, parts, n_ratings, [entries, *numbered.values()])
+    places = {side: encoding.entries_of(placed, side) for side in SIDES}
+    held = [placed, entries, *numbered.values()]
+    return Encoded(layouts, dictionaries, parts, places, n_ratings, held)
 
 
 def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str, tuple[Any, ...]]:
@@ -351,8 +358,11 @@ class Sweeper:
             Factor parts (`FACTOR_SCHEMA`) of the two sides, cached until `release`.
         converged : bool
         """
-        if self.encoded.fits_one_task:
-            return self._run_in_bursts(iterate)
+        run = self._run_in_bursts if self.encoded.fits_one_task else self._run_in_jobs
+        with session_conf(iterate.sparkSession, LARGE_ROWS):
+            return run(iterate)
+
+    def _run_in_jobs(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
         solver = solver_of(self.settings)
         accelerator = Accelerator(self.settings.memory)
         sent, missed = True, 0
@@ -389,7 +399,7 @@ class Sweeper:
         """The other side, the anchor's state, and the scalars of that; the ratings are sent along
         or looked for where they were sent before."""
         encoded, solver, side = self.encoded, solver_of(self.settings), self.encoded.anchor
-        parts, layouts = encoded.parts, encoded.layouts
+        layouts, parts = encoded.layouts, encoded.parts if sent else encoded.places
         readers = {name: PartReader(encoded.token, name, sent) for name in SIDES}
         against = other_side(side)
         other = solve_side(
@@ -469,11 +479,12 @@ def finish_rows(
     """
     solver = solver_of(settings)
     kept = swept and not encoded.fits_one_task
+    parts = encoded.places if kept else encoded.parts
     rows = {}
     for side in SIDES:
         scanned = finish_side(
             solver,
-            encoded.parts[side],
+            parts[side],
             encoded.layouts[side],
             factors[side],
             factors[other_side(side)],

@@ -455,7 +455,7 @@ class Night:
         """Whole accelerated sweeps from where the loop stopped, and a scan of every row."""
         frontier = self.frontier
         self.progress("the disturbance is wide: sweeping everything from the present factors")
-        layouts, parts, names = {}, {}, {}
+        layouts, parts, places, names = {}, {}, {}, {}
         for side in SIDES:
             n_blocks = self.layouts[side]["n_blocks"]
             n_parts = encoding.choose_parts(
@@ -476,8 +476,10 @@ class Night:
             layouts[side] = layout
             every = frontier.ratings_of({side: EVERY}, layout.keys, {})
             parts[side] = every.drop("side", "forced").persist()
+            places[side] = parts[side].select("key", "part").persist()
             names[side] = self.rows[side].select("id", "n_ratings", "block", "slot")
-        encoded = Encoded(layouts, names, parts, self.n_ratings, [*parts.values()])
+        held = [*places.values(), *parts.values()]
+        encoded = Encoded(layouts, names, parts, places, self.n_ratings, held)
         als = self.als.model_copy(update={"tol": self.settings.unlearn.mark})
         sweeper = Sweeper(
             encoded, als, self.settings.execution, lambda report: self.progress(report.line())
