@@ -12,7 +12,7 @@ RATINGS ?= ../shared/data/ml-latest-small/ratings.csv
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY) ## build .venv with pinned packages and Delta's jars
+setup: $(READY) ## build .venv with pinned packages and Delta's jars, compile the kernels
 
 $(READY): requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'

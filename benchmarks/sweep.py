@@ -132,13 +132,13 @@ def main(
             "preparation, s": statistics.median(runs["short"]) - sweep,
         }
     if memory:
+        shape = {"users": users, "items": items, "ratings": ratings, "rank": rank}
+        command = [sys.executable, __file__, "--implicit" if implicit else "--explicit"]
+        command += [f"--{key}={value}" for key, value in shape.items()]
         for _ in range(rounds):
             for name in ("ours", "mllib"):
-                options = {"--users": users, "--items": items, "--ratings": ratings, "--rank": rank}
-                command = [sys.executable, __file__, "--only", name]
-                command += ["--implicit" if implicit else "--explicit"]
-                command += [str(word) for pair in options.items() for word in pair]
-                raw[name].setdefault("memory", []).append(common.peak_memory(command))
+                peak = common.peak_memory([*command, f"--only={name}"])
+                raw[name].setdefault("memory", []).append(peak)
         for name in ("ours", "mllib"):
             figures[name]["peak memory, GiB"] = statistics.median(raw[name]["memory"])
     ratios = {

@@ -285,5 +285,10 @@ def install_jars() -> list[str]:
 
 
 if __name__ == "__main__":
+    from unlearn_spark.worker_daemon import warm_up
+
     names = install_jars()
     print("Delta jars:", ", ".join(names) if names else "already there", file=sys.stderr)
+    print("compiling the kernels, once", file=sys.stderr)
+    prepare_workers()
+    warm_up()

@@ -530,17 +530,18 @@ def fit_factors(
     """
     execution = execution or ExecutionSettings()
     started = time.perf_counter()
-    encoded = encode_ratings(ratings, settings, execution)
-    encode_seconds = time.perf_counter() - started
-    warm = None
     if warm_start is not None:
-        warm = warm_start[0] if encoded.anchor == "user" else warm_start[1]
-        first = warm.select(F.size("factors")).first()
+        first = warm_start[0].select(F.size("factors")).first()
         if first is not None and first[0] != settings.rank:
             raise InputError(
                 f"warm start: that model has rank {first[0]}, als.rank is {settings.rank}; "
                 "set them equal"
             )
+    encoded = encode_ratings(ratings, settings, execution)
+    encode_seconds = time.perf_counter() - started
+    warm = None
+    if warm_start is not None:
+        warm = dict(zip(SIDES, warm_start, strict=True))[encoded.anchor]
     sweeper = Sweeper(encoded, settings, execution, on_sweep)
     anchor, other, converged = sweeper.run(start_iterate(encoded, settings, warm))
     rows = sweeper.finish(anchor, other)
