@@ -48,7 +48,8 @@ _JAVA_OPTIONS = (
     # sweeps, when it predicts that to be needed, which is late: at 30% of the heap instead.
     "-XX:-G1UseAdaptiveIHOP",
     "-XX:InitiatingHeapOccupancyPercent=30",
-    # And whenever it has looked, it gives back all but this share of the heap.
+    # Whenever it has looked, it leaves the first share of the heap free and gives back what is free
+    # beyond the second. `conf/spark-defaults.conf` has the same options for spark-submit.
     "-XX:MinHeapFreeRatio=20",
     "-XX:MaxHeapFreeRatio=40",
 )

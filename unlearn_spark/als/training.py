@@ -539,9 +539,7 @@ def fit_factors(
             )
     encoded = encode_ratings(ratings, settings, execution)
     encode_seconds = time.perf_counter() - started
-    warm = None
-    if warm_start is not None:
-        warm = dict(zip(SIDES, warm_start, strict=True))[encoded.anchor]
+    warm = None if warm_start is None else warm_start[SIDES.index(encoded.anchor)]
     sweeper = Sweeper(encoded, settings, execution, on_sweep)
     anchor, other, converged = sweeper.run(start_iterate(encoded, settings, warm))
     rows = sweeper.finish(anchor, other)

@@ -236,6 +236,7 @@ def entry_finder(
 def wanted_keeper(
     keys: tuple[int, ...],
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """From stored chunks with their `wanted` slots the ratings of those (`LOADED`) by part."""
     nothing = dict.fromkeys(COLUMNS)
 
     def pieces(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -376,6 +377,8 @@ def settler(
     eager: Container[str],
     page_keys: tuple[int, ...],
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    """Settles a part (`PARTS`) with the factors that it needs (`MESSAGES`): its `RESULTS`."""
+
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return _table_of(RESULTS, [])
@@ -546,6 +549,8 @@ def _result_rows(
 
 
 def moved_unpacker(rank: int) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """From results of rounds the factors that they solved (`MOVED`), a row each."""
+
     def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         for batch in batches:
             for row in arrays_of(batch):
