@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ _DELTA = {
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
 }
 
-_JAVA_OPTIONS = (
+JAVA_OPTIONS = (
     # Deep plans and MLlib's ALS lineage overflow the JVM's default stack.
     "-Xss16m",
     # These keep the heap near what is in use; other collectors than G1 take no notice of most. G1
@@ -49,14 +50,14 @@ _JAVA_OPTIONS = (
     "-XX:-G1UseAdaptiveIHOP",
     "-XX:InitiatingHeapOccupancyPercent=30",
     # Whenever it has looked, it leaves the first share of the heap free and gives back what is free
-    # beyond the second. `conf/spark-defaults.conf` has the same options for spark-submit.
+    # beyond the second. `conf/spark-defaults.conf` has the same for spark-submit.
     "-XX:MinHeapFreeRatio=20",
     "-XX:MaxHeapFreeRatio=40",
 )
 
 _STATIC_DEFAULTS = {
-    "spark.driver.extraJavaOptions": " ".join(_JAVA_OPTIONS),
-    "spark.executor.extraJavaOptions": " ".join(_JAVA_OPTIONS),
+    "spark.driver.extraJavaOptions": " ".join(JAVA_OPTIONS),
+    "spark.executor.extraJavaOptions": " ".join(JAVA_OPTIONS),
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
     "spark.python.worker.reuse": "true",
@@ -205,7 +206,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     logging = Path(__file__).resolve().parent.parent / "conf" / "log4j2.properties"
     if logging.exists():
         conf["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={logging.as_uri()}"
-    conf.update({key: str(value) for key, value in spark_settings.conf.items()})
+    conf = with_further(conf, spark_settings.conf)
     if remote:
         builder = builder.remote(remote)
     elif spark_settings.master or not submitted:
@@ -227,6 +228,16 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
         raise UserError(f"Spark did not start: {_first_cause(error)}") from error
     _apply_runtime_defaults(session)
     return session
+
+
+def with_further(conf: Mapping[str, str], further: Mapping[str, object]) -> dict[str, str]:
+    """Settings of Spark with a user's own, which win; options of the JVM are added to ours, where
+    the last of two that contradict each other wins."""
+    merged = dict(conf)
+    for key, value in further.items():
+        ours = merged.get(key) if key.endswith(".extraJavaOptions") else None
+        merged[key] = f"{ours} {value}" if ours else str(value)
+    return merged
 
 
 def _first_cause(error: BaseException) -> str:

@@ -66,7 +66,11 @@ def as_ours(factors):
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"implicit_prefs": True, "alpha": 2.0}, {"nonnegative": True}],
+    [
+        {},
+        {"implicit_prefs": True, "alpha": 2.0},
+        pytest.param({"nonnegative": True}, marks=pytest.mark.slow),
+    ],
     ids=["explicit", "implicit", "nonnegative"],
 )
 def test_converged_factors_of_mllib_solve_our_equations(rated, more):

@@ -67,7 +67,10 @@ def expected(ratings):
     return found
 
 
-@pytest.mark.parametrize("lost", ["all", "a user part", "an item part"])
+@pytest.mark.parametrize(
+    "lost",
+    ["all", *(pytest.param(it, marks=pytest.mark.slow) for it in ("a user part", "an item part"))],
+)
 def test_parts_that_are_missing_are_sent_again(ratings, expected, lost):
     def lose(report):
         if lost == "all":

@@ -61,8 +61,19 @@ def predictions(result):
     return key, np.array([x[i] for i in key[0]]) @ np.array([y[i] for i in key[1]]).T
 
 
-@pytest.mark.parametrize("implicit", [False, True])
-def test_blocked_fit_equals_the_textbook_for_any_blocks_and_ids(spark, implicit):
+ONE_TO_MANY = [(1, "bigint"), (2, "string"), (3, "bigint"), (60, "bigint")]
+
+
+@pytest.mark.parametrize(
+    ("implicit", "cuts"),
+    [
+        (False, ONE_TO_MANY),
+        (True, ONE_TO_MANY[::2]),
+        pytest.param(True, ONE_TO_MANY[1::2], marks=pytest.mark.slow),
+    ],
+    ids=["explicit", "implicit", "implicit, other cuts"],
+)
+def test_blocked_fit_equals_the_textbook_for_any_blocks_and_ids(spark, implicit, cuts):
     users, items, values = small_ratings(1)
     settings = AlsSettings(
         rank=4,
@@ -77,7 +88,7 @@ def test_blocked_fit_equals_the_textbook_for_any_blocks_and_ids(spark, implicit)
     hashes = spark.range(25).selectExpr("xxhash64(id)").toPandas().to_numpy().ravel()
     y = initial_factors(hashes, 4, settings.seed, "item").astype(np.float64)
     x, y = textbook(users, items, values, np.zeros((41, 4)), y, settings, 3)
-    for blocks, kind in [(1, "bigint"), (2, "string"), (3, "bigint"), (60, "bigint")]:
+    for blocks, kind in cuts:
         result = fit_factors(
             frame(spark, users, items, values, kind),
             settings.model_copy(update={"user_blocks": blocks, "item_blocks": blocks}),

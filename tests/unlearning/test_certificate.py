@@ -221,7 +221,9 @@ def test_a_trained_model_audits_clean_and_agrees_with_numpy(trained, run_job, ve
     }
 
 
-@pytest.mark.parametrize("version", [1, 2], ids=["explicit", "implicit"])
+@pytest.mark.parametrize(
+    "version", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["explicit", "implicit"]
+)
 def test_a_changed_and_a_lost_factor_row_are_found(trained, version):
     model = models.published(trained, version)
     users = models.read_factors(trained, model)[0]

@@ -16,7 +16,7 @@ A worked example: 2 blocks and 1 part; users a, b, c hash to blocks 0, 1, 0 and 
 ratings. Block 0 holds c (position 0, slot 0) and a (position 1, slot 2); block 1 holds b (position
 0, slot 1). The part's rows in slot order are c, b, a with counts 3, 2, 1.
 
-NumPy only: nothing here knows Spark.
+NumPy and SciPy only: nothing here knows Spark.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 SIDES = ("user", "item")
 """In the order of every tuple and table that has something for both."""
@@ -111,11 +112,19 @@ class RatingBlock:
 
         Entries that name the same pair stay separate ratings, as in MLlib.
         """
-        slots, local = _compress(rows)
-        order = _order_by_pair(local, others, values)
+        if not len(values):
+            return concatenate([])
+        # By other slot, and then, keeping that order, by row: two counting sorts.
+        entries = sparse.coo_array((values, (others, rows)))
+        entries.has_canonical_format = True  # else pairs that occur twice would be added up
+        by_row = entries.tocsr().tocsc()
+        counts = np.diff(by_row.indptr)
+        slots = np.flatnonzero(counts).astype(np.int32)
         indptr = np.zeros(len(slots) + 1, np.int64)
-        np.cumsum(np.bincount(local, minlength=len(slots)), out=indptr[1:])
-        return cls(slots, indptr, others[order], values[order])
+        np.cumsum(counts[slots], out=indptr[1:])
+        block = cls(slots, indptr, by_row.indices.astype(np.int32, copy=False), by_row.data)
+        _sort_repeated_pairs(block)
+        return block
 
     @classmethod
     def from_pieces(cls, rows: Sequence[Mapping[str, object]]) -> RatingBlock:
@@ -270,42 +279,16 @@ def scatter(
     return dense
 
 
-def _order_by_pair(
-    local: NDArray[np.int32], others: NDArray[np.int32], values: NDArray[np.float32]
-) -> NDArray[np.int64]:
-    """The order of entries by (row, other slot), and by value where a pair occurs twice."""
-    n = len(values)
-    if n == 0:
-        return np.zeros(0, np.int64)
-    other_bits = int(others.max()).bit_length()
-    index_bits = n.bit_length()
-    row_bits = int(local.max()).bit_length()
-    if row_bits + other_bits + index_bits > 63:
-        return np.lexsort((values, others, local))
-    # Sorting bare 64-bit keys that carry their own index is several times faster than argsort.
-    keys = local.astype(np.int64) << (other_bits + index_bits)
-    keys |= others.astype(np.int64) << index_bits
-    keys |= np.arange(n, dtype=np.int64)
-    keys.sort()
-    order = keys & ((1 << index_bits) - 1)
-    pairs = keys >> index_bits
-    twice = pairs[1:] == pairs[:-1]
-    if bool(twice.any()):
-        places = np.flatnonzero(np.append(twice, False) | np.append(False, twice))
-        repeated = order[places]
-        order[places] = repeated[np.lexsort((values[repeated], pairs[places]))]
-    return order
-
-
-def _compress(rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Ascending distinct slots, and for each entry the index of its slot among them."""
-    if not len(rows):
-        return np.zeros(0, np.int32), np.zeros(0, np.int32)
-    present = np.zeros(int(rows.max()) + 1, np.bool_)
-    present[rows] = True
-    slots = np.flatnonzero(present).astype(np.int32)
-    lookup = np.cumsum(present, dtype=np.int32)
-    return slots, lookup[rows] - 1
+def _sort_repeated_pairs(block: RatingBlock) -> None:
+    """Put the ratings of a pair that occurs twice in the order of their values, in place."""
+    twice = block.others[1:] == block.others[:-1]
+    twice[block.indptr[1:-1] - 1] = False  # a row's last entry and the next row's first
+    if not twice.any():
+        return
+    places = np.flatnonzero(np.append(twice, False) | np.append(False, twice))
+    runs = np.cumsum(~np.append(False, twice))[places]
+    values = block.values[places]
+    block.values[places] = values[np.lexsort((values, runs))]
 
 
 def raw(array: NDArray[Any], dtype: type[np.generic]) -> memoryview:

@@ -38,16 +38,25 @@ _KINDS = {
 
 def arrays_of(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
     """Rows as dictionaries; binary values as buffers of the table, not copies."""
-    columns = {name: [_plain(value) for value in table.column(name)] for name in table.schema.names}
-    return [{name: columns[name][index] for name in columns} for index in range(table.num_rows)]
+    columns = [_values(table.column(name)) for name in table.schema.names]
+    return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _plain(value: pa.Scalar) -> Any:
-    if not value.is_valid:
-        return None
-    if pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type):
-        return value.as_buffer()
-    return value.as_py()
+def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    if not pa.types.is_binary(column.type):
+        return column.to_pylist()
+    values: list[Any] = []
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        # Slices of the chunk's own buffer: a scalar of it (`chunk[i].as_buffer()`) is a copy.
+        _, ends, data = chunk.buffers()
+        data = data or pa.py_buffer(b"")  # may be absent where every value is empty
+        bounds = np.frombuffer(ends, np.int32)[chunk.offset :][: len(chunk) + 1].tolist()
+        valid = chunk.is_valid().to_pylist()
+        values += [
+            data.slice(first, last - first) if there else None
+            for first, last, there in zip(bounds, bounds[1:], valid, strict=False)
+        ]
+    return values
 
 
 def part_of(pieces: pa.Table) -> tuple[int, RatingBlock]:
