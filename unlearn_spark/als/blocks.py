@@ -92,8 +92,7 @@ class RatingBlock:
     def from_binary(cls, columns: Mapping[str, object]) -> RatingBlock:
         """Views on buffers made by `to_binary`; nothing is copied but the counts' sums."""
         counts = np.frombuffer(columns["counts"], np.int32)  # type: ignore[call-overload]
-        indptr = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=indptr[1:])
+        indptr = _starts(counts)
         return cls(
             np.frombuffer(columns["slots"], np.int32),  # type: ignore[call-overload]
             indptr,
@@ -118,10 +117,8 @@ class RatingBlock:
         entries = sparse.coo_array((values, (others, rows)))
         entries.has_canonical_format = True  # else pairs that occur twice would be added up
         by_row = entries.tocsr().tocsc()
-        counts = np.diff(by_row.indptr)
-        slots = np.flatnonzero(counts).astype(np.int32)
-        indptr = np.zeros(len(slots) + 1, np.int64)
-        np.cumsum(counts[slots], out=indptr[1:])
+        slots = np.flatnonzero(np.diff(by_row.indptr)).astype(np.int32)
+        indptr = np.append(by_row.indptr[slots], len(values)).astype(np.int64)
         block = cls(slots, indptr, by_row.indices.astype(np.int32, copy=False), by_row.data)
         _sort_repeated_pairs(block)
         return block
@@ -145,8 +142,7 @@ class RatingBlock:
         """Only the rows where `keep` is true."""
         entries = np.repeat(keep, np.diff(self.indptr))
         counts = np.diff(self.indptr)[keep]
-        indptr = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=indptr[1:])
+        indptr = _starts(counts)
         return RatingBlock(self.slots[keep], indptr, self.others[entries], self.values[entries])
 
     def pieces(self, most: int = PIECE_RATINGS) -> Iterator[RatingBlock]:
@@ -178,8 +174,7 @@ class RatingBlock:
         counts = np.bincount(
             np.repeat(np.arange(self.n_rows), np.diff(self.indptr))[kept], minlength=self.n_rows
         )
-        indptr = np.zeros(self.n_rows + 1, np.int64)
-        np.cumsum(counts, out=indptr[1:])
+        indptr = _starts(counts)
         block = replace(self, indptr=indptr, others=self.others[kept], values=self.values[kept])
         return block if keep_empty else block.rows(counts > 0)
 
@@ -206,7 +201,7 @@ def concatenate(blocks: Sequence[RatingBlock]) -> RatingBlock:
     values = np.concatenate([block.values for block in blocks])
     counts = np.concatenate([np.diff(block.indptr) for block in blocks])
     if bool((slots[1:] > slots[:-1]).all()):  # the pieces of one block
-        return RatingBlock(slots, np.concatenate([[0], np.cumsum(counts)]), others, values)
+        return RatingBlock(slots, _starts(counts), others, values)
     order = np.argsort(slots, kind="stable")
     if (np.diff(slots[order]) == 0).any():
         rows = np.concatenate([block.entry_rows() for block in blocks])
@@ -214,8 +209,7 @@ def concatenate(blocks: Sequence[RatingBlock]) -> RatingBlock:
     # Every row is whole in one block, its entries sorted: only rows have to be moved.
     stops = np.cumsum(counts)
     entries = ranges((stops - counts)[order], stops[order])
-    indptr = np.zeros(len(slots) + 1, np.int64)
-    np.cumsum(counts[order], out=indptr[1:])
+    indptr = _starts(counts[order])
     return RatingBlock(slots[order], indptr, others[entries], values[entries])
 
 
@@ -251,8 +245,7 @@ def split_into_chunks(
         rows = order[first:last]
         entries = ranges(block.indptr[rows], block.indptr[rows + 1])
         counts = block.counts[rows]
-        indptr = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(counts, out=indptr[1:])
+        indptr = _starts(counts)
         yield (
             int(block.slots[rows[0]] % n_blocks),
             int(numbers[rows[0]]),
@@ -277,6 +270,13 @@ def scatter(
     dense = np.zeros((n_slots, rows.shape[1]), np.float32)
     dense[slots] = rows
     return dense
+
+
+def _starts(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The `indptr` of rows with so many entries each."""
+    indptr = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=indptr[1:])
+    return indptr
 
 
 def _sort_repeated_pairs(block: RatingBlock) -> None:

@@ -26,7 +26,7 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from unlearn_spark.als.spark import balanced_keys, binary_table, matrix_of
+from unlearn_spark.als.spark import arrays_of, balanced_keys, binary_table, matrix_of
 from unlearn_spark.errors import InputError
 
 if TYPE_CHECKING:
@@ -278,10 +278,10 @@ def _scored(messages: pa.Table, pairs: pa.Table | None, n: int, result: pa.Schem
         False: (pa.array([], one.field("id").type), np.zeros((0, 1), np.float32)),
     }
     # A block number that no id hashes to sends no message.
-    for index, is_query in enumerate(messages["is_query"].to_pylist()):
-        ids = _from_bytes(messages["ids"][index].as_buffer())
-        factors = np.frombuffer(messages["factors"][index].as_buffer(), np.float32)
-        sides[is_query] = (ids, factors.reshape(len(ids), -1))
+    for message in arrays_of(messages.select(["is_query", "ids", "factors"])):
+        ids = _from_bytes(message["ids"])
+        factors = np.frombuffer(message["factors"], np.float32)
+        sides[message["is_query"]] = (ids, factors.reshape(len(ids), -1))
     (query_ids, queries), (candidate_ids, candidates) = sides[True], sides[False]
     excluded = None
     if pairs is not None and pairs.num_rows:

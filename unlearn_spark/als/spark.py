@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
         valid = chunk.is_valid().to_pylist()
         values += [
             data.slice(first, last - first) if there else None
-            for first, last, there in zip(bounds, bounds[1:], valid, strict=False)
+            for (first, last), there in zip(pairwise(bounds), valid, strict=True)
         ]
     return values
 
