@@ -52,11 +52,28 @@ def test_slots_follow_the_rule(ratings, fragments, numbered, side):
     assert_df_equality(found, expected, ignore_row_order=True, ignore_nullable=True)
 
 
-def test_rows_are_estimated(ratings, fragments):
-    estimates = encoding.estimate_rows(fragments)
+def test_rows_are_estimated_and_ratings_counted(ratings, fragments):
+    estimates, n_ratings = encoding.estimate_sizes(fragments)
     for side, estimate in estimates.items():
         rows = ratings.select(f"{side}_id").distinct().count()
         assert abs(estimate - rows) <= 0.1 * rows
+    assert n_ratings == ratings.count()
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_ratings", "parallelism", "n_blocks"),
+    [
+        (600, 20_000, 2, 1),
+        (9_000, 100_000, 2, 2),
+        (9_000, 10_000_000, 2, 8),
+        (250, 1_000_000_000, 100, 128),
+        (480_189, 100_480_507, 2, 32),
+        (1_000_000_000, 10_000_000_000, 2, encoding.MAX_BLOCKS),
+    ],
+)
+def test_number_of_blocks(n_rows, n_ratings, parallelism, n_blocks):
+    assert encoding.choose_blocks(n_rows, n_ratings, parallelism, None) == n_blocks
+    assert encoding.choose_blocks(n_rows, n_ratings, parallelism, 3) == 3
 
 
 def test_every_rating_is_once_in_a_part_of_either_side(ratings, fragments, numbered):

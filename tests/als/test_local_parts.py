@@ -11,7 +11,9 @@ from unlearn_spark.als import training
 from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 
-ALS = AlsSettings(rank=3, reg_param=0.1, memory=1, max_sweeps=4, tol=1e-12)
+ALS = AlsSettings(
+    rank=3, reg_param=0.1, memory=1, max_sweeps=4, tol=1e-12, user_blocks=8, item_blocks=8
+)
 
 
 def files():

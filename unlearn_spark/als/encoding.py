@@ -44,6 +44,9 @@ PACK_RATINGS = 1_000_000
 ROWS_PER_BLOCK = 16_384
 """Rows of one storage block where the number of blocks is chosen from the data: 4 MB at rank 64."""
 
+RATINGS_PER_BLOCK = 50_000
+"""Ratings for which a further block is made: to solve fewer takes less time than a file does."""
+
 MAX_BLOCKS = 4096
 
 TASK_RATINGS = 1_000_000
@@ -86,12 +89,14 @@ class SideLayout:
         return places[self.first_place : self.first_place + self.n_parts]
 
 
-def choose_blocks(n_rows: int, parallelism: int, wanted: int | None) -> int:
+def choose_blocks(n_rows: int, n_ratings: int, parallelism: int, wanted: int | None) -> int:
     """Storage blocks: as told, else a power of two: about `ROWS_PER_BLOCK` rows each, at least
-    eight, and at least one for each task slot, because a block is the least that a task takes."""
+    eight, and at least one for each task slot, because a block is the least that a task takes;
+    fewer only where each would have less than `RATINGS_PER_BLOCK` ratings."""
     if wanted is not None:
         return wanted
-    least = max(8, parallelism, n_rows / ROWS_PER_BLOCK)
+    worthwhile = max(1, n_ratings / RATINGS_PER_BLOCK)
+    least = max(min(max(8, parallelism), worthwhile), n_rows / ROWS_PER_BLOCK)
     return int(min(MAX_BLOCKS, 1 << int(np.ceil(np.log2(least)))))
 
 
@@ -177,21 +182,29 @@ def _fragments(batches: Batches) -> Batches:
         yield from flush()
 
 
-def estimate_rows(fragments: DataFrame) -> dict[str, int]:
-    """About how many distinct ids each side has (to 5%); 0 only where there are no ratings."""
+def estimate_sizes(fragments: DataFrame) -> tuple[dict[str, int], int]:
+    """About how many distinct ids each side has (to 5%), and the number of ratings."""
+    n_values = F.octet_length("values") / np.dtype(np.float32).itemsize
     named = [
-        F.struct(F.lit(side).alias("side"), F.col(f"{side}_hashes").alias("hashes"))
+        F.struct(
+            F.lit(side).alias("side"),
+            F.col(f"{side}_hashes").alias("hashes"),
+            (n_values if side == "user" else F.lit(0.0)).alias("n_ratings"),
+        )
         for side in SIDES
     ]
+    # The later pieces of a fragment have ratings but no hashes.
     hashes = fragments.select(F.explode(F.array(*named)).alias("of")).select(
-        "of.side", F.explode("of.hashes").alias("hash")
+        "of.side", "of.n_ratings", F.posexplode_outer("of.hashes").alias("position", "hash")
     )
     counts = [
         F.approx_count_distinct(F.when(F.col("side") == side, F.col("hash"))) for side in SIDES
     ]
-    row = hashes.agg(*counts).first()
+    once = F.coalesce("position", F.lit(0)) == 0
+    row = hashes.agg(*counts, F.sum(F.when(once, F.col("n_ratings")))).first()
     assert row is not None
-    return dict(zip(SIDES, row, strict=True))
+    *rows, n_ratings = row
+    return dict(zip(SIDES, rows, strict=True)), int(n_ratings or 0)
 
 
 def number(fragments: DataFrame, side: str, n_blocks: int) -> DataFrame:

@@ -250,18 +250,18 @@ def _encode(ratings: DataFrame, settings: AlsSettings, execution: ExecutionSetti
     parallelism = session_parallelism(ratings.sparkSession)
     with session_conf(ratings.sparkSession, NARROW_ROWS):
         fragments = encoding.fragment(ratings).persist()
-        estimates = encoding.estimate_rows(fragments)
-    if not estimates["user"]:
+        estimates, n_ratings = encoding.estimate_sizes(fragments)
+    if not n_ratings:
         fragments.unpersist()
         raise InputError("there are no ratings to train on; ingest some first")
     wanted = {"user": settings.user_blocks, "item": settings.item_blocks}
     n_blocks = {
-        side: encoding.choose_blocks(estimates[side], parallelism, wanted[side]) for side in SIDES
+        side: encoding.choose_blocks(estimates[side], n_ratings, parallelism, wanted[side])
+        for side in SIDES
     }
     numbered = {side: encoding.number(fragments, side, n_blocks[side]).persist() for side in SIDES}
     dictionaries = {side: encoding.dictionary(numbered[side], n_blocks[side]) for side in SIDES}
-    sizes = aggregates_of(dictionaries, F.count(F.lit(1)), F.max("slot"), F.sum("n_ratings"))
-    n_ratings = sizes["user"][2]
+    sizes = aggregates_of(dictionaries, F.count(F.lit(1)), F.max("slot"))
     n_parts = {
         side: encoding.choose_parts(n_ratings, n_blocks[side], execution.part_ratings, parallelism)
         for side in SIDES

@@ -238,12 +238,8 @@ def _from_movielens(spark: SparkSession, path: str, first: str) -> RawRatings:
 
 
 def lines(spark: SparkSession, path: str) -> DataFrame:
-    """raw and position of every line that is not blank."""
-    return (
-        spark.read.text(path)
-        .select(F.col("value").alias("raw"), F.monotonically_increasing_id().alias("position"))
-        .where(F.trim("raw") != "")
-    )
+    """raw of every line that is not blank."""
+    return spark.read.text(path).select(F.col("value").alias("raw")).where(F.trim("raw") != "")
 
 
 def lines_below_header(spark: SparkSession, path: str, header: str) -> DataFrame:
@@ -255,11 +251,7 @@ def lines_below_header(spark: SparkSession, path: str, header: str) -> DataFrame
         header=True, enforceSchema=False, sep=_UNUSED_SEPARATOR, quote="", encoding="UTF-8"
     )
     quoted = "`" + header.replace("`", "``") + "`"
-    return (
-        reader.csv(path)
-        .select(F.col(quoted).alias("raw"), F.monotonically_increasing_id().alias("position"))
-        .where(F.trim("raw") != "")
-    )
+    return reader.csv(path).select(F.col(quoted).alias("raw")).where(F.trim("raw") != "")
 
 
 def csv_fields(width: int) -> Column:
@@ -280,7 +272,7 @@ def csv_fields(width: int) -> Column:
 def _from_fields(
     rows: DataFrame, path: str, fields: Column, where: Mapping[str, int]
 ) -> RawRatings:
-    split = rows.select("raw", "position", fields.alias("fields"))
+    split = rows.select("raw", fields.alias("fields"))
     texts = {
         part: F.trim(F.col("fields")[where[part]]) if part in where else F.lit(None).cast("string")
         for part in COLUMNS
@@ -294,7 +286,6 @@ def _from_texts(
 ) -> RawRatings:
     named = rows.select(
         "raw",
-        "position",
         earlier_problem.alias("earlier"),
         *[texts[part].alias(part) for part in COLUMNS],
     )
@@ -312,7 +303,6 @@ def _from_netflix(spark: SparkSession, path: str, first: str) -> RawRatings:
         )
     text = spark.read.text(path).select(
         "value",
-        F.monotonically_increasing_id().alias("position"),
         F.col("_metadata.file_path").alias("file"),
         F.col("_metadata.file_block_start").alias("start"),
     )
@@ -320,7 +310,8 @@ def _from_netflix(spark: SparkSession, path: str, first: str) -> RawRatings:
     # movie's ratings: it needs the last movie of the pieces before. One row a piece, no more.
     is_movie = F.col("value").rlike(r"^\s*[^,:\s]+:\s*$")
     pieces = (
-        text.groupBy("file", "start")
+        text.withColumn("position", position())
+        .groupBy("file", "start")
         .agg(F.max_by(F.when(is_movie, F.col("value")), F.when(is_movie, F.col("position"))))
         .toDF("file", "start", "movie")
         .collect()
@@ -336,11 +327,10 @@ def _from_netflix(spark: SparkSession, path: str, first: str) -> RawRatings:
     def attach(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         return _attach_movies(batches, carried)
 
-    rows = text.mapInArrow(attach, "line string, position bigint, movie string")
+    rows = text.mapInArrow(attach, "line string, movie string")
     fields = F.split("line", ",", -1)
     rows = rows.select(
         F.concat("movie", F.lit(":"), "line").alias("raw"),
-        "position",
         "movie",
         F.when(F.size(fields) == 3, fields).alias("fields"),
     )
@@ -370,7 +360,7 @@ def _attach_movies(
         text = pc.utf8_trim_whitespace(batch.column(0))
         is_movie = pc.match_substring_regex(text, r"^[^,:\s]+:$")
         movies = pc.if_else(is_movie, pc.utf8_rtrim(text, ":"), pa.scalar(None, text.type))
-        files, starts = batch.column(2), batch.column(3)
+        files, starts = batch.column(1), batch.column(2)
         same = np.ones(batch.num_rows, bool)
         same[1:] = pc.and_(
             pc.equal(files[1:], files[:-1]), pc.equal(starts[1:], starts[:-1])
@@ -389,8 +379,7 @@ def _attach_movies(
         movie = movies[-1].as_py()
         keep = pc.and_(pc.invert(is_movie), pc.not_equal(text, ""))
         yield pa.RecordBatch.from_arrays(
-            [text.filter(keep), batch.column(1).filter(keep), movies.filter(keep)],
-            names=["line", "position", "movie"],
+            [text.filter(keep), movies.filter(keep)], names=["line", "movie"]
         )
 
 
@@ -431,7 +420,6 @@ def _from_table(rows: DataFrame, path: str, columns: Mapping[str, str]) -> RawRa
         )
     named = chosen.select(
         F.to_json(F.struct(*COLUMNS), {"ignoreNullFields": "false"}).alias("raw"),
-        F.monotonically_increasing_id().alias("position"),
         F.lit(None).cast("string").alias("earlier"),
         *COLUMNS,
     )
@@ -460,7 +448,7 @@ def _locate(names: list[str], columns: Mapping[str, str], path: str) -> dict[str
 
 
 def _judged(named: DataFrame) -> DataFrame:
-    """Convert rating and rated_at of (raw, position, earlier, *COLUMNS); find the first problem."""
+    """Convert rating and rated_at of (raw, earlier, *COLUMNS); number rows; find the problem."""
     kinds = {field.name: field.dataType for field in named.schema.fields}
     rating, rating_problem = _number(F.col("rating"), kinds["rating"])
     rated_at, time_problem = timestamp_of(F.col("rated_at"), kinds["rated_at"])
@@ -475,13 +463,22 @@ def _judged(named: DataFrame) -> DataFrame:
     )
     return named.select(
         "raw",
-        "position",
+        position().alias("position"),
         "user_id",
         "item_id",
         rating.alias("rating"),
         rated_at.alias("rated_at"),
         problem.alias("problem"),
     )
+
+
+def position() -> Column:
+    """The place of a row: grows along a file. To be given where a row is judged, not before.
+
+    As it is no pure function of the row, a filter on the problem stays above it; pushed below, the
+    filter would repeat the parser's whole expression once for each column that it looks at.
+    """
+    return F.monotonically_increasing_id()
 
 
 def _number(value: Column, kind: T.DataType) -> tuple[Column, Column]:

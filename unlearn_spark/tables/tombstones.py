@@ -191,7 +191,7 @@ def _guess_format(spark: SparkSession, path: str) -> str:
 
 
 def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
-    """raw, position, earlier (problem), and the columns of a request; times in any type."""
+    """raw, earlier (problem), and the columns of a request; times in any type."""
     if format in ("parquet", "delta"):
         rows = spark.read.format(format).load(path)
         _require_columns(rows.columns, path)
@@ -206,7 +206,6 @@ def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
                 rows = rows.withColumn(name, F.lit(None).cast("string"))
         return rows.select(
             F.to_json(F.struct(*_COLUMNS)).alias("raw"),
-            F.monotonically_increasing_id().alias("position"),
             F.lit(None).cast("string").alias("earlier"),
             *_COLUMNS,
         )
@@ -231,7 +230,7 @@ def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
         .alias(name)
         for name in _COLUMNS
     ]
-    return lines.select("raw", "position", earlier.alias("earlier"), *texts)
+    return lines.select("raw", earlier.alias("earlier"), *texts)
 
 
 def _require_columns(names: list[str], path: str) -> None:
@@ -290,7 +289,7 @@ def _judged(rows: DataFrame) -> DataFrame:
     )
     return rows.select(
         "raw",
-        "position",
+        formats.position().alias("position"),
         *_TEXTS,
         *[times[name].alias(name) for name in _TIMES],
         problem.alias("problem"),
