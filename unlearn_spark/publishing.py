@@ -17,6 +17,8 @@ from unlearn_spark.tables import factors, models
 from unlearn_spark.tables.models import ModelVersion
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from pyspark.sql import DataFrame
 
     from unlearn_spark.als.training import Encoded, FitResult
@@ -99,8 +101,10 @@ def publish_fit(
     *,
     kind: str,
     parent: ModelVersion | None,
-    ratings_version: int,
+    ratings_version: int | Future[int],
     ratings_ingest_id: int,
+    tau: float | None = None,
+    writes: Mapping[str, Callable[[], int]] | None = None,
     **more: Any,
 ) -> ModelVersion:
     """Write a freshly fitted model and make it visible.
@@ -108,7 +112,12 @@ def publish_fit(
     Parameters
     ----------
     kind, parent, ratings_version, ratings_ingest_id, more
-        Fields of the new `ModelVersion`; `more` may hold `metrics` to add.
+        Fields of the new `ModelVersion`; `more` may hold `metrics` to add. A ratings version that
+        is still being written is waited for before the model is published.
+    tau
+        The residual that the certificate states; `als.tol` where None.
+    writes
+        As `more` of `write_whole_model`.
 
     Raises
     ------
@@ -116,9 +125,12 @@ def publish_fit(
         Another job published meanwhile.
     """
     summary, layouts = fitted.summary, fitted.encoded.layouts
+    tau = als.tol if tau is None else tau
     written = write_whole_model(
-        store, fitted.rows, summary.users + summary.items, chunks_of(fitted.encoded)
+        store, fitted.rows, summary.users + summary.items, chunks_of(fitted.encoded), writes
     )
+    if not isinstance(ratings_version, int):
+        ratings_version = ratings_version.result()
     metrics = {
         "users": summary.users,
         "items": summary.items,
@@ -148,9 +160,9 @@ def publish_fit(
             },
             metrics=metrics,
             certificate={
-                "tau": als.tol,
+                "tau": tau,
                 "max_residual": summary.max_residual,
-                "holds": summary.max_residual <= als.tol,
+                "holds": summary.max_residual <= tau,
                 "evidence": "scan",
             },
             **{

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from unlearn_spark.tables import models, ratings, receipts
+from unlearn_spark.unlearning import night as night_module
 
 TAU = 2e-2
 COMMON = ["als.rank=4", "als.reg_param=0.1", "als.tol=5e-3", "als.alpha=2.0", f"unlearn.tau={TAU}"]
@@ -145,6 +146,35 @@ def test_a_first_night_that_sweeps_everything(store, nights, tmp_path):
     night = nights("unlearn")
     assert (night["requests"], night["ratings_removed"], night["rounds"]) == (1, 0, 0)
     assert {r.request_id: r.ratings_removed for r in receipts_of(store)}["later"] == 0
+
+
+@pytest.mark.slow
+def test_a_large_night_is_swept_at_once(store, nights, tmp_path, monkeypatch):
+    monkeypatch.setattr(night_module, "LARGE_CHANGES", 100)
+    rows = list(data_set(8))
+    trained(nights, tmp_path, rows)
+    asked = [(f"m{n}", "user", f"u{n}", "", "", "") for n in range(5, 20)]
+    nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked))
+    late = [("new-user", "i2", 5.0, 1_700_001_000), ("new-user", "new-item", 1.0, 1_700_001_000)]
+    source = write(tmp_path / "n.csv", "user_id,item_id,rating,rated_at", late)
+    nights("ingest_ratings", "--input", source, "--format", "csv")
+    gone = [row for row in rows if ("user", row[0]) in {scope[1:3] for scope in asked}]
+    night = nights("unlearn")
+    assert (night["rounds"], night["ratings_removed"], night["ratings_added"]) == (0, len(gone), 2)
+    assert night["sweeps"] == night["work_sweeps"] > 0
+    assert not {row[0] for row in gone} & ids(store, "user")
+    assert "new-item" in ids(store, "item")
+    answers = {r.request_id: r.ratings_removed for r in receipts_of(store)}
+    assert sum(answers.values()) == len(gone)
+    audit = nights("audit")
+    assert audit["holds"]
+    assert audit["tombstoned_ratings_found"] == 0
+    assert ratings.read(store).count() == len(rows) + 2 - len(gone)
+    # A small night goes on from its ledger.
+    asked = [("one", "user", "u30", "", "", "")]
+    nights("ingest_tombstones", "--input", requests(tmp_path / "t2.csv", asked))
+    assert nights("unlearn")["rounds"] > 0
+    assert nights("audit")["holds"]
 
 
 def receipts_of(store):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from unlearn_spark.als.blocks import RatingBlock
 from unlearn_spark.unlearning.pages import (
     CHOICES,
-    EVERY,
     MOST_PLACES,
     NO_CHANGES,
     NOTHING,
@@ -103,7 +102,6 @@ def test_what_a_round_saw_replaces_bounds_and_is_remembered():
     assert not later.looked.any()
     assert np.flatnonzero(later.solved).tolist() == [5]
     assert np.array_equal(after.chosen("either", 1e9), after.looked)
-    assert after.chosen(EVERY, 1e9).all()
     marked = after.chosen("marked", 0.5)
     assert np.array_equal(marked, after.bound > 0.5)
     summary = after.summary(4, tau=0.5, mark=0.5)

@@ -178,7 +178,7 @@ class Frontier:
         Parameters
         ----------
         patch
-            By side which rows (`pages.CHOICES`, or every row).
+            By side which rows (`pages.CHOICES`).
         keys
             One for each part; a row belongs to part `slot % len(keys)`.
         places

@@ -20,9 +20,7 @@ from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from unlearn_spark import publishing
-from unlearn_spark.als import encoding
 from unlearn_spark.als.blocks import SIDES, other_side
-from unlearn_spark.als.encoding import SideLayout
 from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.spark import (
     gram_of,
@@ -30,26 +28,27 @@ from unlearn_spark.als.spark import (
     materialise,
     session_parallelism,
 )
-from unlearn_spark.als.training import (
-    Encoded,
-    Sweeper,
-    aggregates_of,
-    largest_residual,
-    solver_of,
-    start_iterate,
-)
+from unlearn_spark.als.training import aggregates_of, fit_factors, solver_of
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.unlearning import requests
 from unlearn_spark.unlearning.frontier import Frontier, Work
-from unlearn_spark.unlearning.pages import EVERY
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from pyspark.sql import DataFrame
 
     from unlearn_spark.config import Settings
     from unlearn_spark.tables.models import ModelVersion
     from unlearn_spark.tables.store import Store
+
+MODEL_TABLES = ("user_factors", "item_factors", "ledger", "rating_blocks", "rating_changes")
+"""Those that a model version replaces or changes."""
+
+LARGE_SHARE, LARGE_CHANGES = 0.05, 250_000
+"""A night that changes so many ratings, and this share of all, sweeps everything at once: to put
+the changes into the ledger would take longer than to encode the ratings anew."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,28 @@ class Changes:
     ratings_version: int
     ingest_id: int
     tombstones_version: int | None
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Of the job's JSON."""
+        return {
+            "requests": self.n_requests,
+            "ratings_removed": self.n_removed,
+            "ratings_added": self.n_added,
+        }
+
+
+@dataclass(frozen=True)
+class Tonight:
+    """What a night starts from, whichever way it is done; `started` by `time.perf_counter`."""
+
+    store: Store
+    settings: Settings
+    model: ModelVersion
+    changes: Changes
+    progress: Callable[[str], None]
+    kind: str
+    started: float
 
 
 def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Changes:
@@ -225,16 +246,27 @@ def run_night(
         f"{changes.n_requests} requests take {changes.n_removed} ratings out; "
         f"{changes.n_added} new or corrected ratings come in"
     )
-    night = Night(store, settings, model, changes, progress)
-    figures = night.work()
-    version = night.publish(kind, {**figures, "seconds": time.perf_counter() - started})
-    if night.encoded is not None:
-        night.encoded.release()
+    tonight = Tonight(store, settings, model, changes, progress, kind, started)
+    night = None
+    if _is_large(store, model, changes):
+        progress("these are many: sweeping everything from the published factors")
+        left = ratings.retained(store, changes.ratings_version, changes.tombstones_version)
+        _require_ratings(left.limit(1).count())
+    else:
+        night = Night(tonight)
+        _require_ratings(night.n_ratings)
+    # The loop mostly waits, and a job that dies after this finds the same work again.
+    deletion = ThreadPoolExecutor(1).submit(_delete_ratings, store, changes)
+    if night is not None and night.work():
+        version, figures = night.publish(deletion)
+    else:
+        version, figures = _sweep(tonight, night, deletion)
     failed = {} if version.certificate["holds"] else {"exit_code": 1}
     if failed:
         progress(
-            f"the certificate does not hold: residual {night.worst:.2e} is over unlearn.tau after "
-            f"als.max_sweeps = {night.als.max_sweeps} sweeps; train anew with more"
+            f"the certificate does not hold: residual {figures['max_residual']:.2e} is over "
+            f"unlearn.tau after als.max_sweeps = {model.als.max_sweeps} sweeps; "
+            "train anew with more"
         )
     return {
         **failed,
@@ -245,6 +277,79 @@ def run_night(
     }
 
 
+def _is_large(store: Store, model: ModelVersion, changes: Changes) -> bool:
+    n_changes = changes.n_removed + changes.n_added
+    if n_changes < LARGE_CHANGES:
+        return False
+    row = models.read_factors(store, model)[0].agg(F.sum("n_ratings")).first()
+    return row is not None and n_changes >= LARGE_SHARE * (row[0] or 0)
+
+
+def _require_ratings(n_ratings: int) -> None:
+    if not n_ratings:
+        raise InputError(
+            "these requests remove every rating of the model, which leaves nothing to publish; "
+            "ingest other ratings first"
+        )
+
+
+def _sweep(
+    tonight: Tonight, night: Night | None, deletion: Future[int]
+) -> tuple[ModelVersion, dict[str, Any]]:
+    """Whole accelerated sweeps over the retained ratings, a scan of every row, and publishing.
+
+    They start from the published factors, or from where the loop of `night` gave up.
+    """
+    store, model, changes = tonight.store, tonight.model, tonight.changes
+    if night is None:
+        warm = models.read_factors(store, model)
+    else:
+        tonight.progress("the disturbance is wide: sweeping everything from the present factors")
+        warm = night.factors()
+        night.bases.result()
+    left = ratings.retained(store, changes.ratings_version, changes.tombstones_version)
+    fitted = fit_factors(
+        left.select("user_id", "item_id", "rating"),
+        model.als.model_copy(update={"tol": tonight.settings.unlearn.mark}),
+        tonight.settings.execution,
+        warm_start=warm,
+        on_sweep=lambda report: tonight.progress(report.line()),
+    )
+    summary, layouts = fitted.summary, fitted.encoded.layouts
+    n_blocks = {side: layouts[side].n_blocks for side in SIDES}
+    before = night.frontier if night is not None else None
+    figures = {
+        **changes.figures,
+        "rows_resolved": {side: layouts[side].n_rows for side in SIDES},
+        "blocks_written": n_blocks,
+        "blocks_total": n_blocks,
+        "rounds": before.rounds if before is not None else 0,
+        "sweeps": summary.sweeps,
+        "work_sweeps": summary.sweeps + (before.work.sweeps if before is not None else 0.0),
+        "max_residual": summary.max_residual,
+    }
+    n_rows = summary.users + summary.items
+    version = publishing.publish_fit(
+        store,
+        fitted,
+        model.als,
+        kind=tonight.kind,
+        parent=model,
+        tau=tonight.settings.unlearn.tau,
+        ratings_version=deletion,
+        ratings_ingest_id=changes.ingest_id,
+        tombstones_version=changes.tombstones_version,
+        writes=_receipts_write(store, model, changes, n_rows, summary.max_residual),
+        metrics={
+            **figures,
+            "training_sweeps": model.training_sweeps,
+            "seconds": time.perf_counter() - tonight.started,
+        },
+    )
+    fitted.release()
+    return version, figures
+
+
 def restore(store: Store, model: ModelVersion) -> dict[str, int]:
     """Put the model's own tables back to what the published version names.
 
@@ -252,7 +357,7 @@ def restore(store: Store, model: ModelVersion) -> dict[str, int]:
     version of each table to write upon.
     """
     tasks = {}
-    for table in ("user_factors", "item_factors", "ledger", "rating_blocks", "rating_changes"):
+    for table in MODEL_TABLES:
         wanted = getattr(model, f"{table}_version")
         if wanted is not None:
             tasks[f"{table}_version"] = partial(store.restore, table, wanted)
@@ -262,15 +367,10 @@ def restore(store: Store, model: ModelVersion) -> dict[str, int]:
 class Night:
     """The published model with tonight's changes put in, and the loop that mends it."""
 
-    def __init__(
-        self,
-        store: Store,
-        settings: Settings,
-        model: ModelVersion,
-        changes: Changes,
-        progress: Callable[[str], None],
-    ) -> None:
-        self.store, self.settings, self.model, self.changes = store, settings, model, changes
+    def __init__(self, tonight: Tonight) -> None:
+        store, settings, model = tonight.store, tonight.settings, tonight.model
+        self.store, self.settings, self.model = store, settings, model
+        self.tonight, self.changes = tonight, tonight.changes
         self.als = model.als
         self.layouts = {side: dict(model.settings["layouts"][side]) for side in SIDES}
         self.version = publishing.next_version(model)
@@ -290,9 +390,9 @@ class Night:
                 left = rows.where("NOT is_new AND n_ratings <= 0")
                 gram_changes[side] = gram_of(came, self.als.rank) - gram_of(left, self.als.rank)
                 grams[side] = gram_of(rows.where("NOT is_new"), self.als.rank)
-        tonight = self._kept(self._slotted(touched))
+        slotted = self._kept(self._slotted(touched))
         changed = [
-            tonight.select(
+            slotted.select(
                 F.lit(side).alias("side"),
                 F.pmod(f"{side}_slot", F.lit(self.layouts[side]["n_blocks"]))
                 .cast("int")
@@ -328,14 +428,11 @@ class Night:
             parallelism=session_parallelism(store.spark),
             n_blocks={side: self.layouts[side]["n_blocks"] for side in SIDES},
             work=Work(self.als.rank, self.n_ratings, self.n_rows),
-            progress=progress,
+            progress=tonight.progress,
             grams=grams,
             training_sweeps=model.training_sweeps,
         )
         self.gram_changes = gram_changes
-        self.swept: dict[str, DataFrame] | None = None
-        self.encoded: Encoded | None = None
-        self.progress = progress
 
     def _kept(self, frame: DataFrame) -> DataFrame:
         return materialise(frame, self.settings.execution.checkpoint)
@@ -404,17 +501,9 @@ class Night:
             pairs = pairs.join(names, f"{side}_id")
         return pairs.drop("user_id", "item_id")
 
-    def work(self) -> dict[str, Any]:
-        """Push, run the loop, and sweep everything if the loop was not the cheaper way."""
-        frontier = self.frontier
-        if self.n_ratings == 0:
-            raise InputError(
-                "these requests remove every rating of the model, which leaves nothing to publish; "
-                "ingest other ratings first"
-            )
-        # The loop mostly waits, and a job that dies after this finds the same work again.
-        self.deletion = ThreadPoolExecutor(1).submit(self._delete_ratings)
-        store, model = self.store, self.model
+    def work(self) -> bool:
+        """Push, and run the loop; False where whole sweeps are the cheaper way."""
+        frontier, store, model = self.frontier, self.store, self.model
         changes = store.read(factors.RATING_CHANGES, model.rating_changes_version)
         frontier.open(
             store.read(factors.LEDGER, model.ledger_version),
@@ -422,81 +511,28 @@ class Night:
             self.version,
             self.gram_changes,
         )
-        sweeps = 0
         end = frontier.run()
-        if end is not None:
-            worst = max(end[side].worst for side in SIDES)
-            solved = {side: end[side].solved for side in SIDES}
-            blocks = {
-                side: sorted(self.touched_blocks[side] | set(end[side].solved_blocks))
-                for side in SIDES
-            }
-        else:
-            sweeps = self._sweep()
-            assert self.swept is not None
-            worst = largest_residual(self.swept)
-            solved = {side: self.swept[side].count() for side in SIDES}
-            blocks = {side: list(range(self.layouts[side]["n_blocks"])) for side in SIDES}
-        self.blocks, self.worst, self.n_solved = blocks, worst, sum(solved.values())
-        return {
-            "requests": self.changes.n_requests,
-            "ratings_removed": self.changes.n_removed,
-            "ratings_added": self.changes.n_added,
-            "rows_resolved": solved,
-            "blocks_written": {side: len(blocks[side]) for side in SIDES},
-            "blocks_total": {side: self.layouts[side]["n_blocks"] for side in SIDES},
-            "rounds": frontier.rounds,
-            "sweeps": sweeps,
-            "work_sweeps": frontier.work.sweeps,
-            "max_residual": worst,
+        if end is None:
+            return False
+        self.worst = max(end[side].worst for side in SIDES)
+        self.n_solved = {side: end[side].solved for side in SIDES}
+        self.blocks = {
+            side: sorted(self.touched_blocks[side] | set(end[side].solved_blocks)) for side in SIDES
         }
+        return True
 
-    def _sweep(self) -> int:
-        """Whole accelerated sweeps from where the loop stopped, and a scan of every row."""
-        frontier = self.frontier
-        self.progress("the disturbance is wide: sweeping everything from the present factors")
-        layouts, parts, places, names = {}, {}, {}, {}
-        for side in SIDES:
-            n_blocks = self.layouts[side]["n_blocks"]
-            n_parts = encoding.choose_parts(
-                self.n_ratings,
-                n_blocks,
-                self.settings.execution.part_ratings,
-                frontier.parallelism,
-            )
-            layout = SideLayout(
-                side,
-                n_rows=self.rows[side].count(),
-                n_blocks=n_blocks,
-                n_parts=n_parts,
-                n_slots=self.layouts[side]["n_slots"],
-                first_place=0,
-                n_places=n_parts,
-            )
-            layouts[side] = layout
-            every = frontier.ratings_of({side: EVERY}, layout.keys, {})
-            parts[side] = every.drop("side", "forced").persist()
-            places[side] = parts[side].select("key", "part").persist()
-            names[side] = self.rows[side].select("id", "n_ratings", "block", "slot")
-        held = [*places.values(), *parts.values()]
-        encoded = Encoded(layouts, names, parts, places, self.n_ratings, held)
-        als = self.als.model_copy(update={"tol": self.settings.unlearn.mark})
-        sweeper = Sweeper(
-            encoded, als, self.settings.execution, lambda report: self.progress(report.line())
+    def factors(self) -> tuple[DataFrame, DataFrame]:
+        """User and item factors (id, factors) as they are now."""
+        users, items = (
+            self.rows[side].select("id", "slot").join(self.frontier.current(side), "slot")
+            for side in SIDES
         )
-        warm = names[encoded.anchor].join(frontier.current(encoded.anchor), "slot")
-        anchor, other, _ = sweeper.run(start_iterate(encoded, als, warm.select("id", "factors")))
-        self.swept = sweeper.finish(anchor, other)
-        self.encoded = encoded
-        sweeps = len(sweeper.reports)
-        n_rows = sum(layout.n_rows for layout in layouts.values())
-        frontier.work.add(2 * self.n_ratings * sweeps, n_rows * sweeps)
-        return sweeps
+        return users, items
 
     # --- publishing ----------------------------------------------------------------------------
 
-    def publish(self, kind: str, metrics: dict[str, Any]) -> ModelVersion:
-        """Write what changed and make it visible.
+    def publish(self, deletion: Future[int]) -> tuple[ModelVersion, dict[str, Any]]:
+        """Write what changed and make it visible; the version, and the figures of the job.
 
         Raises
         ------
@@ -504,17 +540,14 @@ class Night:
             Another job wrote to one of the tables meanwhile.
         """
         store, changes, tau = self.store, self.changes, self.settings.unlearn.tau
+        n_solved = sum(self.n_solved.values())
         bases = self.bases.result()
-        if self.swept is not None and self.encoded is not None:
-            written = publishing.write_whole_model(
-                store,
-                self.swept,
-                self.n_rows,
-                publishing.chunks_of(self.encoded),
-                self._more_writes(),
-            )
-        else:
-            written = publishing.together({**self._partial_writes(), **self._more_writes()})
+        written = publishing.together(
+            {
+                **self._partial_writes(),
+                **_receipts_write(store, self.model, changes, n_solved, self.worst),
+            }
+        )
         for name, version in written.items():
             # Writing nothing over nothing makes no commit.
             if name in bases and version not in (bases[name], bases[name] + 1):
@@ -522,58 +555,42 @@ class Night:
                     f"table {name.removesuffix('_version')}: another job wrote to it meanwhile; "
                     "run this job again"
                 )
-        ratings_version = self.deletion.result()
-        return models.publish(
-            store,
-            models.ModelVersion(
-                **{
-                    **{
-                        f"{table}_version": getattr(self.model, f"{table}_version")
-                        for table in (
-                            "user_factors",
-                            "item_factors",
-                            "ledger",
-                            "rating_blocks",
-                            "rating_changes",
-                            "receipts",
-                        )
-                    },
-                    **written,
-                },
-                model_version=self.version,
-                parent=self.model.model_version,
-                kind=kind,
-                ratings_version=ratings_version,
-                ratings_ingest_id=changes.ingest_id,
-                tombstones_version=changes.tombstones_version,
-                settings={**self.model.settings, "layouts": self.layouts},
-                metrics={**metrics, "training_sweeps": self.model.training_sweeps},
-                certificate={
-                    "tau": tau,
-                    "max_residual": self.worst,
-                    "holds": self.worst <= tau,
-                    "evidence": "ledger" if self.swept is None else "scan",
-                },
-            ),
+        figures = {
+            **changes.figures,
+            "rows_resolved": self.n_solved,
+            "blocks_written": {side: len(self.blocks[side]) for side in SIDES},
+            "blocks_total": {side: self.layouts[side]["n_blocks"] for side in SIDES},
+            "rounds": self.frontier.rounds,
+            "sweeps": 0,
+            "work_sweeps": self.frontier.work.sweeps,
+            "max_residual": self.worst,
+        }
+        before = {
+            f"{table}_version": getattr(self.model, f"{table}_version")
+            for table in (*MODEL_TABLES, "receipts")
+        }
+        model = models.ModelVersion(
+            **{**before, **written},
+            model_version=self.version,
+            parent=self.model.model_version,
+            kind=self.tonight.kind,
+            ratings_version=deletion.result(),
+            ratings_ingest_id=changes.ingest_id,
+            tombstones_version=changes.tombstones_version,
+            settings={**self.model.settings, "layouts": self.layouts},
+            metrics={
+                **figures,
+                "training_sweeps": self.model.training_sweeps,
+                "seconds": time.perf_counter() - self.tonight.started,
+            },
+            certificate={
+                "tau": tau,
+                "max_residual": self.worst,
+                "holds": self.worst <= tau,
+                "evidence": "ledger",
+            },
         )
-
-    def _delete_ratings(self) -> int:
-        """Delete what the requests cover; returns the version of the ratings without it."""
-        store, changes = self.store, self.changes
-        version = changes.ratings_version
-        if changes.removed is None or not changes.removed.limit(1).count():
-            return version
-        unchanged = store.version(ratings.TABLE) == version
-        if unchanged:
-            version = ratings.delete(store, changes.removed.select("user_id", "item_id"))
-        if not unchanged or version > changes.ratings_version + 1:
-            raise ConflictError(
-                "table ratings: ratings were ingested meanwhile; run this job again"
-            )
-        return version
-
-    def _more_writes(self) -> dict[str, Callable[[], int]]:
-        return {"receipts_version": self._write_receipts} if self.changes.n_requests else {}
+        return models.publish(store, model), figures
 
     def _partial_writes(self) -> dict[str, Callable[[], int]]:
         store = self.store
@@ -602,23 +619,39 @@ class Night:
         )
         return writes
 
-    def _write_receipts(self) -> int:
-        changes = self.changes
-        assert changes.pending is not None
-        assert changes.removed is not None
-        counted = changes.removed.groupBy("request_id").agg(
-            F.count(F.lit(1)).alias("ratings_removed")
-        )
-        rows = changes.pending.join(counted, "request_id", "left").select(
-            "request_id",
-            F.lit(self.version).cast("long").alias("model_version"),
-            F.coalesce("ratings_removed", F.lit(0)).cast("long").alias("ratings_removed"),
-            F.lit(self.n_solved).cast("long").alias("rows_resolved"),
-            F.lit(float(self.worst)).alias("max_residual"),
-            F.current_timestamp().alias("honoured_at"),
-            F.lit(None).cast("timestamp").alias("purged_at"),
-        )
-        return receipts.append(self.store, self.model, rows)
+
+def _delete_ratings(store: Store, changes: Changes) -> int:
+    """Delete what the requests cover; returns the version of the ratings without it."""
+    version = changes.ratings_version
+    if changes.removed is None or not changes.removed.limit(1).count():
+        return version
+    unchanged = store.version(ratings.TABLE) == version
+    if unchanged:
+        version = ratings.delete(store, changes.removed.select("user_id", "item_id"))
+    if not unchanged or version > changes.ratings_version + 1:
+        raise ConflictError("table ratings: ratings were ingested meanwhile; run this job again")
+    return version
+
+
+def _receipts_write(
+    store: Store, model: ModelVersion, changes: Changes, n_solved: int, worst: float
+) -> dict[str, Callable[[], int]]:
+    """The write that answers tonight's requests, if there are any."""
+    if not changes.n_requests:
+        return {}
+    assert changes.pending is not None
+    assert changes.removed is not None
+    counted = changes.removed.groupBy("request_id").agg(F.count(F.lit(1)).alias("ratings_removed"))
+    rows = changes.pending.join(counted, "request_id", "left").select(
+        "request_id",
+        F.lit(publishing.next_version(model)).cast("long").alias("model_version"),
+        F.coalesce("ratings_removed", F.lit(0)).cast("long").alias("ratings_removed"),
+        F.lit(n_solved).cast("long").alias("rows_resolved"),
+        F.lit(float(worst)).alias("max_residual"),
+        F.current_timestamp().alias("honoured_at"),
+        F.lit(None).cast("timestamp").alias("purged_at"),
+    )
+    return {"receipts_version": lambda: receipts.append(store, model, rows)}
 
 
 def _writer(store: Store, side: str, rows: DataFrame, blocks: list[int]) -> Callable[[], int]:

@@ -28,7 +28,6 @@ MOST_PLACES = 512
 CHOICES = ("marked", "looked", "either")
 """Which rows a round may look at: those over the mark, those that the round before looked at, or
 both."""
-EVERY = "every"
 
 
 @dataclass(frozen=True)
@@ -259,8 +258,6 @@ class Page:
 
     def chosen(self, name: str, mark: float) -> NDArray[np.bool_]:
         """Which rows a choice means."""
-        if name == EVERY:
-            return np.ones(len(self.slots), np.bool_)
         if name == "looked":
             return self.looked
         marked = self.bound > mark
