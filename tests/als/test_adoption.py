@@ -68,7 +68,7 @@ def as_ours(factors):
     "more",
     [
         {},
-        {"implicit_prefs": True, "alpha": 2.0},
+        pytest.param({"implicit_prefs": True, "alpha": 2.0}, marks=pytest.mark.slow),
         pytest.param({"nonnegative": True}, marks=pytest.mark.slow),
     ],
     ids=["explicit", "implicit", "nonnegative"],
