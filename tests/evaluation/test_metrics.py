@@ -129,7 +129,8 @@ def test_plots_are_written(tmp_path):
     plots.convergence(history, tmp_path / "convergence.png", tol=1e-3)
     rng = np.random.default_rng(0)
     plots.scores(*rng.normal(size=(3, 50)), tmp_path / "scores.png")
-    for name in ("convergence.png", "scores.png"):
+    plots.growth({"seconds": {"ours": [(10, 1.0), (100, 5.0)]}}, tmp_path / "growth.png")
+    for name in ("convergence.png", "scores.png", "growth.png"):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(InputError, match="no sweeps"):
         plots.convergence([], tmp_path / "none.png")

@@ -161,6 +161,46 @@ def comparison(
     return _saved(figure, path)
 
 
+def growth(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: str | Path
+) -> Path:
+    """Figures by the number of ratings on logarithmic axes, as a PNG.
+
+    Parameters
+    ----------
+    panels
+        By title the lines: by label (ratings, value) points.
+    path
+        Where to write; folders are made.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    UserError
+        matplotlib is not installed.
+    """
+    figure, axes = _subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        smallest = largest = None
+        for label, points in lines.items():
+            x, y = zip(*sorted(points), strict=True)
+            axis.loglog(x, y, marker="o", linestyle="-" if len(x) > 1 else "none", label=label)
+            if smallest is None or x[0] < smallest[0]:
+                smallest = (x[0], y[0])
+            largest = max(largest or x[-1], x[-1])
+        if smallest is not None and largest is not None:
+            ends = (smallest[0], largest)
+            linear = [smallest[1] * end / smallest[0] for end in ends]
+            axis.loglog(ends, linear, color="grey", linestyle=":", label="linear growth")
+        axis.set(title=title, xlabel="ratings")
+        axis.legend(fontsize="small")
+    return _saved(figure, path)
+
+
 def _subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
