@@ -51,6 +51,7 @@ bench: setup ## side by side with Spark MLlib and with retraining; writes benchm
 
 bench-large: setup ## 100.5M ratings on this machine, against what smaller sizes predict
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python benchmarks/skew.py
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/growth.py
 

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -143,21 +144,46 @@ def memory_of(pid: int) -> int:
     return total
 
 
-def peak_memory(command: Sequence[str]) -> float:
-    """GiB at the highest moment of a process and all its descendants (proportional set size).
+class PeakMemory:
+    """The most memory of a process and its descendants while the block runs.
 
-    Shared pages are counted once, so forked workers are not charged for what they share.
+    It is the proportional set size: shared pages are counted once, so forked workers are not
+    charged for what they share.
     """
-    import psutil
 
+    def __init__(self, pid: int | None = None) -> None:
+        self.pid = os.getpid() if pid is None else pid
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes, self.ended = 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        import psutil
+
+        while not self.ended.wait(0.3):
+            try:
+                self.bytes = max(self.bytes, memory_of(self.pid))
+            except psutil.NoSuchProcess:
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    @property
+    def gib(self) -> float:
+        """In GiB."""
+        return self.bytes / 2**30
+
+
+def peak_memory(command: Sequence[str]) -> float:
+    """GiB at the highest moment of a process and all its descendants (`PeakMemory`)."""
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    highest = 0
-    while running.poll() is None:
-        try:
-            highest = max(highest, memory_of(running.pid))
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.3)
-    if running.wait() != 0:
+    with PeakMemory(running.pid) as memory:
+        running.wait()
+    if running.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {running.returncode}")
-    return highest / 2**30
+    return memory.gib

@@ -8,9 +8,7 @@ the two before it, as a line in the number of ratings, and then measured.
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,24 +27,6 @@ SHAPES = (
     (480_189, 17_770, 100_500_000),
 )
 """Users, items, ratings; the last shape is that of the Netflix prize."""
-
-
-class PeakMemory:
-    """The most memory of this process and its descendants while the block runs, in bytes."""
-
-    def __enter__(self) -> PeakMemory:
-        self.bytes, self.ended = 0, threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.ended.wait(0.5):
-            self.bytes = max(self.bytes, common.memory_of(os.getpid()))
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
 
 
 def line(xs: list[int], ys: list[float], x: int) -> float:
@@ -68,7 +48,7 @@ def main(rank: int, sweeps: int, largest: int) -> None:
             continue
         frame = common.generated(spark, users, items, ratings)
         als = AlsSettings(rank=rank, reg_param=0.05, max_sweeps=sweeps, tol=1e-12)
-        with PeakMemory() as memory:
+        with common.PeakMemory() as memory:
             started = time.perf_counter()
             fitted = fit_factors(frame, als)
             seconds = time.perf_counter() - started
@@ -80,7 +60,7 @@ def main(rank: int, sweeps: int, largest: int) -> None:
             "sweep": min(report["seconds"] for report in summary.history),
         }
         run = {"users": users, "items": items, "ratings": ratings, "seconds": seconds, **found}
-        run["peak memory, GiB"] = memory.bytes / 2**30
+        run["peak memory, GiB"] = memory.gib
         run["history"] = summary.history
         if len(raw) >= 2:
             for name in found:
