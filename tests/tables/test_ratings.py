@@ -252,7 +252,13 @@ def test_newest_rating_of_a_pair_wins_and_the_same_file_changes_nothing(store, t
     assert _table(store) == state
 
 
-def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(spark, store, tmp_path):
+@pytest.mark.parametrize(
+    "broadcast_rows", [2_000_000, pytest.param(0, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
+    spark, store, tmp_path, monkeypatch, broadcast_rows
+):
+    monkeypatch.setattr(ratings, "BROADCAST_ROWS", broadcast_rows)
     lines = [
         f"ZZUSER{u},ZZITEM{i},{1 + (u + i) % 5},{u * 100 + i}" for u in range(9) for i in (1, 2)
     ]

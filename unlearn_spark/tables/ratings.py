@@ -39,6 +39,9 @@ REFUSED = "covered by tombstone "
 _PRUNING_LIMIT = 256
 """Most values in a list of blocks or keys; a longer list would skip little."""
 
+BROADCAST_ROWS = 2_000_000
+"""Most ids or pairs to be sent whole to every task; more meet the table by a shuffle."""
+
 _COLUMNS = (
     "user_id",
     "item_id",
@@ -142,8 +145,7 @@ def covering(store: Store, ids: DataFrame, version: int | None = None) -> DataFr
     Parameters
     ----------
     ids
-        Columns user_id, item_id or both (then pairs), in the table's types or as strings. Assumed
-        small: they are broadcast.
+        Columns user_id, item_id or both (then pairs), in the table's types or as strings.
     """
     rows = read(store, version)
     names: list[str] = [name for name in ("user_id", "item_id") if name in ids.columns]
@@ -155,12 +157,12 @@ def covering(store: Store, ids: DataFrame, version: int | None = None) -> DataFr
         ids = ids.withColumn(name, id)
     ids = ids.select(*names).dropna().distinct()
     if "user_id" in names:
-        blocks = user_blocks(store)
-        places = ids.select(*_places(F.col("user_id"), blocks)).distinct()
-        near = _near(places)
+        near, n_ids = _near(ids.select(*_places(F.col("user_id"), user_blocks(store))))
         if near is not None:
             rows = rows.where(near)
-    return rows.join(F.broadcast(ids), names, "left_semi").select(*_COLUMNS)
+    else:
+        n_ids = ids.count()
+    return rows.join(_hinted(ids, n_ids), names, "left_semi").select(*_COLUMNS)
 
 
 def user_blocks(store: Store) -> int:
@@ -188,9 +190,9 @@ def delete(store: Store, pairs: DataFrame) -> int:
     """
     keyed = pairs.select("user_id", "item_id").distinct()
     keyed = keyed.select(*_places(F.col("user_id"), user_blocks(store)), "user_id", "item_id")
-    condition = _pair_condition(_near(keyed, "t."))
-    # Without the hint all ratings of those blocks would be sorted to meet the few pairs.
-    store.merge(TABLE, F.broadcast(keyed), condition, ["WHEN MATCHED THEN DELETE"])
+    near, n_pairs = _near(keyed, "t.")
+    clauses = ["WHEN MATCHED THEN DELETE"]
+    store.merge(TABLE, _hinted(keyed, n_pairs), _pair_condition(near), clauses)
     return store.version(TABLE)
 
 
@@ -375,7 +377,7 @@ def _upsert(
     blocks = (
         None
         if n_blocks <= 4
-        else _few(good.select(*_places(F.col("user_id"), n_blocks)), "user_block")["user_block"]
+        else _few(good.select(*_places(F.col("user_id"), n_blocks)), "user_block")[0]["user_block"]
     )
     changes = _changes(newest, read(store, version), blocks)
     changes = changes.withColumn("ingest_id", F.lit(ingest_id).cast("bigint"))
@@ -389,7 +391,7 @@ def _upsert(
         store.merge(
             TABLE,
             changes,
-            _pair_condition(_near(changes, "t.")),
+            _pair_condition(_near(changes, "t.")[0]),
             [
                 "WHEN MATCHED THEN UPDATE SET "
                 + ", ".join(f"t.{name} = s.{name}" for name in updated),
@@ -462,26 +464,32 @@ def _places(user_id: Column, n_blocks: int) -> list[Column]:
     ]
 
 
-def _near(rows: DataFrame, prefix: str = "") -> str | None:
-    """An SQL condition by which blocks and pages without the users of these rows are skipped.
+def _hinted(rows: DataFrame, n_rows: int) -> DataFrame:
+    # Without the hint all ratings of their blocks would be sorted to meet the few.
+    return F.broadcast(rows) if n_rows <= BROADCAST_ROWS else rows
 
-    None where they are so many that it would skip little.
-    """
+
+def _near(rows: DataFrame, prefix: str = "") -> tuple[str | None, int]:
+    """An SQL condition by which blocks and pages without the users of these rows are skipped, and
+    how many rows they are. No condition where it would skip little."""
     terms = []
-    for column, found in _few(rows, "user_block", "user_key").items():
+    few, n_rows = _few(rows, "user_block", "user_key")
+    for column, found in few.items():
         if found is not None:
             listed = ", ".join(map(str, found))
             terms.append(f"{prefix}{column} IN ({listed})" if listed else "false")
-    return " AND ".join(terms) or None
+    return " AND ".join(terms) or None, n_rows
 
 
-def _few(rows: DataFrame, *columns: str) -> dict[str, list[int] | None]:
-    """The distinct values of int columns, or None when they are too many to help."""
+def _few(rows: DataFrame, *columns: str) -> tuple[dict[str, list[int] | None], int]:
+    """The distinct values of int columns, or None when they are too many to help; and the number
+    of rows."""
     values = [F.collect_set(column) for column in columns]
     few = [F.when(F.size(found) <= _PRUNING_LIMIT, found) for found in values]
-    row = rows.agg(*few).first()
+    row = rows.agg(*few, F.count(F.lit(1))).first()
     assert row is not None
+    *found_sets, n_rows = row
     return {
         name: None if found is None else sorted(found)
-        for name, found in zip(columns, row, strict=True)
-    }
+        for name, found in zip(columns, found_sets, strict=True)
+    }, int(n_rows)
