@@ -35,12 +35,17 @@ def session(**conf: Any) -> SparkSession:
 
 def generated(spark: SparkSession, users: int, items: int, ratings: int) -> DataFrame:
     """Generated ratings in a Delta table of their own; integer ids, as MLlib needs them."""
-    folder = Path(tempfile.mkdtemp(prefix="unlearn-bench-"))
-    path, table = str(folder / "ratings.parquet"), str(folder / "delta")
+    path = str(Path(tempfile.mkdtemp(prefix="unlearn-bench-")) / "ratings.parquet")
     synthetic.write(users, items, ratings, 1, path)
     columns = ("cast(user_id AS int) user_id", "cast(item_id AS int) item_id", "rating")
-    spark.read.parquet(path).selectExpr(*columns).write.format("delta").save(table)
-    return spark.read.format("delta").load(table)
+    return in_delta(spark.read.parquet(path).selectExpr(*columns))
+
+
+def in_delta(rows: DataFrame) -> DataFrame:
+    """The rows, read from a new Delta table of their own."""
+    table = str(Path(tempfile.mkdtemp(prefix="unlearn-bench-")) / "delta")
+    rows.write.format("delta").save(table)
+    return rows.sparkSession.read.format("delta").load(table)
 
 
 def timed(action: Callable[[], Any]) -> float:

@@ -27,10 +27,9 @@ Points = list[tuple[int, float]]
 
 def of_training(raw: list[dict[str, Any]]) -> dict[str, Points]:
     """Seconds by ratings."""
-    names = {"preparation": "preparation", "sweep": "sweep"}
     return {
-        label: [(run["ratings"], run[name]) for run in raw if name in run]
-        for label, name in {**names, "sweep, predicted": "predicted sweep"}.items()
+        name: [(run["ratings"], run[name]) for run in raw if name in run]
+        for name in ("preparation", "sweep", "predicted sweep")
     }
 
 

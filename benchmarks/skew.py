@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +37,8 @@ def with_hot_rows(plain: DataFrame, item_ratings: int, user_ratings: int) -> Dat
     of_items = spark.range(user_ratings).select(
         hot.alias("user_id"), number.alias("item_id"), value
     )
-    path = tempfile.mkdtemp(prefix="unlearn-bench-")
     every = plain.select("user_id", "item_id", F.col("rating").cast("float"))
-    every = every.unionByName(by_users).unionByName(of_items)
-    every.write.format("delta").save(f"{path}/delta")
-    return spark.read.format("delta").load(f"{path}/delta")
+    return common.in_delta(every.unionByName(by_users).unionByName(of_items))
 
 
 @click.command()

@@ -17,8 +17,6 @@ from unlearn_spark.tables import factors, models
 from unlearn_spark.tables.models import ModelVersion
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from pyspark.sql import DataFrame
 
     from unlearn_spark.als.training import Encoded, FitResult
@@ -101,7 +99,7 @@ def publish_fit(
     *,
     kind: str,
     parent: ModelVersion | None,
-    ratings_version: int | Future[int],
+    ratings_version: int,
     ratings_ingest_id: int,
     tau: float | None = None,
     writes: Mapping[str, Callable[[], int]] | None = None,
@@ -112,12 +110,11 @@ def publish_fit(
     Parameters
     ----------
     kind, parent, ratings_version, ratings_ingest_id, more
-        Fields of the new `ModelVersion`; `more` may hold `metrics` to add. A ratings version that
-        is still being written is waited for before the model is published.
+        Fields of the new `ModelVersion`; `more` may hold `metrics` to add.
     tau
         The residual that the certificate states; `als.tol` where None.
     writes
-        As `more` of `write_whole_model`.
+        As `more` of `write_whole_model`; what they return stands above the fields given here.
 
     Raises
     ------
@@ -129,8 +126,6 @@ def publish_fit(
     written = write_whole_model(
         store, fitted.rows, summary.users + summary.items, chunks_of(fitted.encoded), writes
     )
-    if not isinstance(ratings_version, int):
-        ratings_version = ratings_version.result()
     metrics = {
         "users": summary.users,
         "items": summary.items,
@@ -149,7 +144,6 @@ def publish_fit(
             model_version=next_version(parent),
             kind=kind,
             parent=parent.model_version if parent else None,
-            ratings_version=ratings_version,
             ratings_ingest_id=ratings_ingest_id,
             settings={
                 "als": als.model_dump(),
@@ -166,6 +160,7 @@ def publish_fit(
                 "evidence": "scan",
             },
             **{
+                "ratings_version": ratings_version,
                 "tombstones_version": parent.tombstones_version if parent else None,
                 "receipts_version": parent.receipts_version if parent else None,
                 **written,

@@ -99,6 +99,19 @@ class Tonight:
     kind: str
     started: float
 
+    def retained(self) -> DataFrame:
+        """user_id, item_id, rating: what the model may know in the morning."""
+        versions = self.changes.ratings_version, self.changes.tombstones_version
+        return ratings.retained(self.store, *versions).select("user_id", "item_id", "rating")
+
+    def metrics(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Of the published version, with the figures of the job."""
+        return {
+            **figures,
+            "training_sweeps": self.model.training_sweeps,
+            "seconds": time.perf_counter() - self.started,
+        }
+
 
 def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Changes:
     """Pending requests, the ratings that they take out of the model, and the new ratings.
@@ -250,8 +263,7 @@ def run_night(
     night = None
     if _is_large(store, model, changes):
         progress("these are many: sweeping everything from the published factors")
-        left = ratings.retained(store, changes.ratings_version, changes.tombstones_version)
-        _require_ratings(left.limit(1).count())
+        _require_ratings(tonight.retained().limit(1).count())
     else:
         night = Night(tonight)
         _require_ratings(night.n_ratings)
@@ -307,9 +319,8 @@ def _sweep(
         tonight.progress("the disturbance is wide: sweeping everything from the present factors")
         warm = night.factors()
         night.bases.result()
-    left = ratings.retained(store, changes.ratings_version, changes.tombstones_version)
     fitted = fit_factors(
-        left.select("user_id", "item_id", "rating"),
+        tonight.retained(),
         model.als.model_copy(update={"tol": tonight.settings.unlearn.mark}),
         tonight.settings.execution,
         warm_start=warm,
@@ -336,15 +347,14 @@ def _sweep(
         kind=tonight.kind,
         parent=model,
         tau=tonight.settings.unlearn.tau,
-        ratings_version=deletion,
+        ratings_version=changes.ratings_version,
         ratings_ingest_id=changes.ingest_id,
         tombstones_version=changes.tombstones_version,
-        writes=_receipts_write(store, model, changes, n_rows, summary.max_residual),
-        metrics={
-            **figures,
-            "training_sweeps": model.training_sweeps,
-            "seconds": time.perf_counter() - tonight.started,
+        writes={
+            "ratings_version": deletion.result,
+            **_receipts_write(store, model, changes, n_rows, summary.max_residual),
         },
+        metrics=tonight.metrics(figures),
     )
     fitted.release()
     return version, figures
@@ -578,11 +588,7 @@ class Night:
             ratings_ingest_id=changes.ingest_id,
             tombstones_version=changes.tombstones_version,
             settings={**self.model.settings, "layouts": self.layouts},
-            metrics={
-                **figures,
-                "training_sweeps": self.model.training_sweeps,
-                "seconds": time.perf_counter() - self.tonight.started,
-            },
+            metrics=self.tonight.metrics(figures),
             certificate={
                 "tau": tau,
                 "max_residual": self.worst,
