@@ -8,6 +8,7 @@ from unlearn_spark.als.blocks import (
     RatingBlock,
     chunk_numbers,
     concatenate,
+    distinct,
     ranges,
     scatter,
     split_into_chunks,
@@ -140,3 +141,11 @@ def test_ranges_lists_the_integers_of_each():
 def test_scatter_places_rows_and_leaves_zeros():
     dense = scatter(np.array([2, 0], np.int32), np.array([[1, 2], [3, 4]], np.float32), 4)
     np.testing.assert_array_equal(dense, [[3, 4], [0, 0], [1, 2], [0, 0]])
+
+
+@given(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 50)))
+def test_distinct_slots_are_those_of_unique(slots):
+    array = np.array(slots, np.int32)
+    found = distinct(array)
+    np.testing.assert_array_equal(found, np.unique(array))
+    assert found.dtype == np.int32

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn_spark.als.kernel import Objective
-from unlearn_spark.unlearning.ledger import drift, gram, rating_terms
+from unlearn_spark.unlearning.ledger import drift, gram, moved_norms, rating_terms
 
 RANK = 3
 
@@ -62,6 +62,24 @@ def test_a_change_of_ratings_and_neighbours_is_pushed_exactly(seed, implicit, sh
     assert (bound >= np.linalg.norm(new, axis=1) - 1e-6).all()
     lower = np.linalg.norm(old_b, axis=1) - b_by
     assert (lower <= np.linalg.norm(new_b, axis=1) + 1e-6).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.booleans(), st.floats(0.1, 1.0))
+def test_moved_rows_change_their_neighbours_by_the_difference_of_the_terms(seed, implicit, share):
+    random = np.random.default_rng(seed)
+    objective = Objective(0.1, implicit, 2.0)
+    y = random.normal(size=(7, RANK)).astype(np.float32)
+    before = random.normal(size=(9, RANK)).astype(np.float32)
+    moved = (before + random.normal(size=before.shape)).astype(np.float32)
+    table = np.where(random.random((7, 9)) < share, random.integers(-4, 10, (7, 9)) / 2.0, np.nan)
+    others, rows = np.nonzero(~np.isnan(table.T))
+    indptr = np.searchsorted(others, np.arange(len(before) + 1))
+    values = table[rows, others].astype(np.float32)
+    found = moved_norms(indptr, rows.astype(np.int32), values, y, moved, before, objective)
+    difference = terms(table, y, moved, objective) - terms(table, y, before, objective)
+    for norms, true in zip(found, difference.norms(), strict=True):
+        np.testing.assert_allclose(norms, true, rtol=1e-12, atol=1e-12)
 
 
 def test_a_skipped_push_is_not_a_bound():

@@ -9,7 +9,7 @@ from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side
 from unlearn_spark.als.kernel import Objective, relative_residual, row_residuals
 from unlearn_spark.als.solver import Solver
 from unlearn_spark.unlearning import ledger
-from unlearn_spark.unlearning.patch import PatchSide, settle
+from unlearn_spark.unlearning.patch import PatchSide, places_among, settle
 
 SIZES = {"user": 12, "item": 8}
 RANK = 3
@@ -141,3 +141,18 @@ def test_a_rating_without_the_factors_of_its_row_is_refused():
     sides = patch_of(dense, factors, chosen, known)
     with pytest.raises(ValueError, match="rating blocks are damaged"):
         settle(Solver(Objective(0.4), RANK, "float32"), sides, TAU, MARK, {})
+
+
+@given(
+    st.sets(st.integers(0, 2**31 - 1) | st.integers(0, 50), min_size=1).map(sorted),
+    st.lists(st.integers(0, 10_000)),
+    st.integers(0, 2**31 - 1) | st.integers(0, 60),
+)
+def test_places_are_found_and_strangers_refused(known, picks, other):
+    known = np.array(known, np.int32)
+    places = np.array(picks, np.int64) % len(known)
+    found = places_among(known[places], known)
+    np.testing.assert_array_equal(found, places)
+    if other not in known:
+        with pytest.raises(ValueError, match="without factors"):
+            places_among(np.append(known[places], np.int32(other)), known)

@@ -169,14 +169,26 @@ class RatingBlock:
         self, rows: NDArray[np.int32], others: NDArray[np.int32], *, keep_empty: bool = True
     ) -> RatingBlock:
         """Drop the entries that name one of the given (row slot, other slot) pairs."""
-        drop = np.isin(pair_keys(self.entry_rows(), self.others), pair_keys(rows, others))
-        kept = ~drop
-        counts = np.bincount(
-            np.repeat(np.arange(self.n_rows), np.diff(self.indptr))[kept], minlength=self.n_rows
-        )
-        indptr = _starts(counts)
+        keys, gone = pair_keys(self.entry_rows(), self.others), pair_keys(rows, others)
+        kept = np.ones(self.n_ratings, np.bool_)
+        kept[ranges(np.searchsorted(keys, gone), np.searchsorted(keys, gone, "right"))] = False
+        indptr = _starts(kept)[self.indptr]
         block = replace(self, indptr=indptr, others=self.others[kept], values=self.values[kept])
-        return block if keep_empty else block.rows(counts > 0)
+        return block if keep_empty else block.rows(np.diff(indptr) > 0)
+
+
+def is_dense(slots: NDArray[np.int32], n_lookups: int) -> bool:
+    """Is a table over all slots up to the largest of these small beside so many lookups?"""
+    return bool(slots.size) and int(slots.max()) < 4 * n_lookups
+
+
+def distinct(slots: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The different slots, ascending; `np.unique`, but without a sort where that is slower."""
+    if not is_dense(slots, len(slots)):
+        return np.unique(slots)
+    seen = np.zeros(int(slots.max()) + 1, np.bool_)
+    seen[slots] = True
+    return np.flatnonzero(seen).astype(np.int32)
 
 
 def pair_keys(rows: NDArray[np.int32], others: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -272,7 +284,7 @@ def scatter(
     return dense
 
 
-def _starts(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+def _starts(counts: NDArray[np.integer] | NDArray[np.bool_]) -> NDArray[np.int64]:
     """The `indptr` of rows with so many entries each."""
     indptr = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=indptr[1:])

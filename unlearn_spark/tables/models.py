@@ -189,3 +189,9 @@ def read_factors(store: Store, model: ModelVersion) -> tuple[DataFrame, DataFram
         store.read("user_factors", model.user_factors_version),
         store.read("item_factors", model.item_factors_version),
     )
+
+
+def n_ratings(store: Store, model: ModelVersion) -> int:
+    """How many ratings a version was fitted to."""
+    row = read_factors(store, model)[0].agg(F.sum("n_ratings")).first()
+    return 0 if row is None else int(row[0] or 0)

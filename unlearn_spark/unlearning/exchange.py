@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side, pair_keys, raw
+from unlearn_spark.als.blocks import SIDES, RatingBlock, distinct, other_side, pair_keys, raw
 from unlearn_spark.als.solver import cut_stack
 from unlearn_spark.als.spark import arrays_of, list_column, matrix_of, pieces_table
 from unlearn_spark.unlearning.ledger import rating_terms
@@ -67,13 +67,8 @@ WANTED = "side string, block int, chunk int, wanted binary"
 """Slots of a stored chunk that a patch looks at."""
 
 LOADED = f"key int, side string, counts binary, others binary, values binary, {_BINARY_COLUMNS}"
-"""Packed ratings of a part, or (counts is null) its ledger entries with their changes."""
-
-PARTS = (
-    "key int, part int, side string, slots binary, counts binary, others binary, values binary, "
-    "forced binary"
-)
-"""`spark.PART_SCHEMA` with the side, and which rows must be solved."""
+"""Packed ratings of a part, as they were stored, or (counts is null) its ledger entries with the
+changes since."""
 
 NEEDED = "side string, page int, key int, slots binary"
 """Rows of a page whose factors the task with this key needs."""
@@ -252,57 +247,27 @@ def wanted_keeper(
     return _mapped(pieces, LOADED)
 
 
-def joiner(keys: tuple[int, ...]) -> Callable[[pa.Table], pa.Table]:
-    """What was loaded (`LOADED`) of a part as its ratings (`PARTS`)."""
-    numbers = {key: part for part, key in enumerate(keys)}
-
-    def join_up(table: pa.Table) -> pa.Table:
-        loaded = arrays_of(table)
-        key = loaded[0]["key"]
-        found: list[dict[str, Any]] = []
-        for side, mine in _by_side(loaded).items():
-            if mine:
-                place = {"key": key, "part": numbers[key], "side": side}
-                found += [{**place, **piece} for piece in _part_pieces(mine)]
-        return _table_of(PARTS, found)
-
-    return join_up
-
-
-def _part_pieces(loaded: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The ratings of one side of a part with their changes, piece by piece, and which rows are
-    forced."""
-    pages = [Page.from_binary(row) for row in loaded if row["counts"] is None]
-    block = RatingBlock.from_pieces([row for row in loaded if row["counts"] is not None])
-    for page in pages:
-        block = page.changes.applied(block)
-    slots = np.concatenate([page.slots for page in pages])
-    order = np.argsort(slots)
-    if not np.array_equal(slots[order], block.slots):
-        raise ValueError("active rows and their ratings differ; the rating blocks are damaged")
-    forced = np.isinf(np.concatenate([page.gradient_norm for page in pages]))[order]
-    first = 0
-    for piece in block.pieces():
-        mine = forced[first : first + piece.n_rows]
-        first += piece.n_rows
-        yield {**piece.to_binary(), "forced": raw(mine, np.bool_)}
-
-
 def need_finder(
     page_keys: tuple[int, ...],
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """By page and part the rows whose factors the part needs, its own among them; the pieces of a
-    part lie in one partition."""
+    """From what was loaded (`LOADED`) by page and part the rows whose factors the part needs, its
+    own among them; all of a part lies in one partition.
+
+    Ratings that changes take away are counted in, which may name rows that left."""
 
     def need(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         found: dict[tuple[str, int], list[NDArray[np.int32]]] = {}
         for batch in batches:
             for row in arrays_of(batch):
-                for side, name in ((row["side"], "slots"), (other_side(row["side"]), "others")):
-                    slots = np.unique(np.frombuffer(row[name], np.int32))
-                    found.setdefault((side, row["key"]), []).append(slots)
+                side, other = row["side"], other_side(row["side"])
+                named = [(other, row["others"])]
+                if row["counts"] is None:
+                    named = [(side, row["slots"]), (other, row["change_others"])]
+                for of, slots in named:
+                    array = distinct(np.frombuffer(slots, np.int32))
+                    found.setdefault((of, row["key"]), []).append(array)
         for (side, key), arrays in found.items():
-            slots = np.unique(np.concatenate(arrays))
+            slots = distinct(np.concatenate(arrays))
             for row in _needed_rows(side, key, slots, page_keys):
                 yield from _table_of(NEEDED, [row]).to_batches()
 
@@ -334,7 +299,7 @@ def _stock_rows(
 
 
 def fetcher(rank: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
-    """Answers what parts need from the factors of a page."""
+    """Answers what parts need from the factors of a page, where it has them."""
 
     def fetch(left: pa.Table, right: pa.Table) -> pa.Table:
         asked = _by_side(arrays_of(left))
@@ -351,6 +316,7 @@ def fetcher(rank: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
             rows = len(slots) - 1 - from_end
             for row in asked[side]:
                 wanted = np.frombuffer(row["slots"], np.int32)
+                wanted = wanted[np.isin(wanted, known)]
                 places = rows[places_among(wanted, known)]
                 place = {"side": side, "key": row["key"]}
                 answers += _stock_rows(place, wanted, factors[places])
@@ -377,14 +343,14 @@ def settler(
     eager: Container[str],
     page_keys: tuple[int, ...],
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
-    """Settles a part (`PARTS`) with the factors that it needs (`MESSAGES`): its `RESULTS`."""
+    """Settles a part (`LOADED`) with the factors that it needs (`MESSAGES`): its `RESULTS`."""
 
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
             return _table_of(RESULTS, [])
-        pieces, messages = _by_side(arrays_of(left)), _by_side(arrays_of(right))
+        loaded, messages = _by_side(arrays_of(left)), _by_side(arrays_of(right))
         sides = {
-            side: _patch_side(pieces[side], messages[side], solver.rank, side in eager)
+            side: _patch_side(loaded[side], messages[side], solver.rank, side in eager)
             for side in SIDES
         }
         settled = settle(solver, sides, *levels, grams, spare)
@@ -502,17 +468,19 @@ def _known_rows(
 
 
 def _patch_side(
-    pieces: list[dict[str, Any]], messages: list[dict[str, Any]], rank: int, eager: bool
+    loaded: list[dict[str, Any]], messages: list[dict[str, Any]], rank: int, eager: bool
 ) -> PatchSide:
-    """One side of a part from its rating pieces and the factor rows that came with them."""
-    pieces = sorted(pieces, key=lambda row: np.frombuffer(row["slots"], np.int32)[:1].tolist())
-    forced = [np.frombuffer(row["forced"], np.bool_) for row in pieces]
-    return PatchSide(
-        *_known_rows(messages, rank),
-        RatingBlock.from_pieces(pieces),
-        np.concatenate([np.zeros(0, np.bool_), *forced]),
-        eager,
-    )
+    """One side of a part from what was loaded of it and the factor rows that came with that."""
+    pages = [Page.from_binary(row) for row in loaded if row["counts"] is None]
+    block = RatingBlock.from_pieces([row for row in loaded if row["counts"] is not None])
+    for page in pages:
+        block = page.changes.applied(block)
+    slots = np.concatenate([np.zeros(0, np.int32), *[page.slots for page in pages]])
+    order = np.argsort(slots)
+    if not np.array_equal(slots[order], block.slots):
+        raise ValueError("active rows and their ratings differ; the rating blocks are damaged")
+    gradient = np.concatenate([np.zeros(0), *[page.gradient_norm for page in pages]])
+    return PatchSide(*_known_rows(messages, rank), block, np.isinf(gradient)[order], eager)
 
 
 def _result_rows(

@@ -13,8 +13,8 @@ On Spark the ledger and the factors are pages (`pages.Page`), packed into a few 
 round is two jobs and a look at scalars: one loads what the patch needs and settles it,
 
     ledger pages --asks--> rating chunks, changes --by part--> ratings --needs, by page--> factors
-                                                       |                                      |
-                                                       +----------> settled <----by part------+
+                                                                  |                           |
+                                                                  +------> settled <--by part-+
 
 and one takes the results, by page, into the ledger.
 """
@@ -151,9 +151,8 @@ class Frontier:
 
     # --- reading -----------------------------------------------------------------------------
 
-    def current(self, side: str) -> DataFrame:
-        """(slot, factors) of a side, with what was re-solved tonight."""
-        rows = self.rows[side].select("slot", "factors")
+    def current(self, side: str, rows: DataFrame) -> DataFrame:
+        """Rows of a side (slot, factors and more) with the factors that were re-solved tonight."""
         if not self.results:
             return rows
         moved = (
@@ -162,8 +161,10 @@ class Frontier:
             .mapInArrow(exchange.moved_unpacker(self.solver.rank), exchange.MOVED)
         )
         newer = moved.groupBy("slot").agg(F.max_by("factors", "round").alias("newer"))
-        return rows.join(newer, "slot", "left").select(
-            "slot", F.coalesce("newer", "factors").alias("factors")
+        return (
+            rows.join(newer, "slot", "left")
+            .withColumn("factors", F.coalesce("newer", "factors"))
+            .drop("newer")
         )
 
     def entries(self) -> DataFrame:
@@ -173,7 +174,7 @@ class Frontier:
     def ratings_of(
         self, patch: Mapping[str, str], keys: tuple[int, ...], places: Mapping[str, Places | None]
     ) -> DataFrame:
-        """Rating parts (`exchange.PARTS`) of the chosen rows alone, as they are with all changes.
+        """Ratings and ledger entries (`exchange.LOADED`) of the chosen rows alone, by part.
 
         Parameters
         ----------
@@ -200,12 +201,7 @@ class Frontier:
             .mapInArrow(exchange.wanted_keeper(keys), exchange.LOADED)
         )
         # As many partitions as parts: adaptive execution would join them by their size.
-        loaded = stored.unionByName(rows).repartition(len(keys), "key")
-        return (
-            loaded.groupBy("key")
-            .applyInArrow(exchange.joiner(keys), exchange.PARTS)
-            .repartition(len(keys), "key")  # so that cogroups find the parts where they lie
-        )
+        return stored.unionByName(rows).repartition(len(keys), "key")
 
     # --- steps -------------------------------------------------------------------------------
 

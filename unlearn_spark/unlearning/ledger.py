@@ -95,7 +95,7 @@ def rating_terms(
     return Terms(gradient, b)
 
 
-def moved_terms(
+def moved_norms(
     indptr: NDArray[np.int64],
     others: NDArray[np.int32],
     values: NDArray[np.float32],
@@ -103,10 +103,11 @@ def moved_terms(
     after: NDArray[np.float32],
     before: NDArray[np.float32],
     objective: Objective,
-) -> Terms:
-    """How the equations of the neighbours change when rows move from `before` to `after`.
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How far the equations of the neighbours change when rows move from `before` to `after`.
 
-    The same as the difference of two `rating_terms` of the transposed ratings, in one pass.
+    The norms (see `Terms`) of the difference of two `rating_terms` of the transposed ratings,
+    in one pass that keeps no sum but that of the neighbour at hand.
 
     Parameters
     ----------
@@ -118,44 +119,61 @@ def moved_terms(
 
     Returns
     -------
-    Terms
-        float64 (n_others, rank) each.
+    gradient, b : float64 (n_others,)
+        Norms, rounded up.
     """
     ratings = np.asarray(values, np.float64)
     confidence, in_b = objective.confidences(ratings)
     if confidence is None:
         confidence = np.ones(len(ratings))
-    gradient, b = np.zeros(y.shape), np.zeros(y.shape)
-    _add_moved(
-        np.ascontiguousarray(indptr, np.int64),
-        np.ascontiguousarray(others, np.int32),
+    # Row by row each rating would touch another neighbour's sums, which no cache holds.
+    by_row = sparse.csr_array((np.arange(len(ratings)), others, indptr), (len(after), len(y)))
+    by_neighbour = by_row.tocsc()
+    gradient, b = np.zeros(len(y)), np.zeros(len(y))
+    _norms_of_moves(
+        by_neighbour.indptr,
+        by_neighbour.indices,
+        by_neighbour.data,
         confidence,
         in_b,
         np.ascontiguousarray(y, np.float32),
-        after.astype(np.float64),
-        before.astype(np.float64),
+        np.ascontiguousarray(after, np.float32),
+        np.ascontiguousarray(before, np.float32),
         gradient,
         b,
     )
-    return Terms(gradient, b)
+    slack = 1 + ROUNDING
+    return gradient * slack, b * slack
 
 
 @njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
-def _add_moved(indptr, others, confidence, in_b, y, after, before, gradient, b):  # type: ignore[no-untyped-def]
+def _norms_of_moves(starts, rows, entries, confidence, in_b, y, after, before, gradient, b):  # type: ignore[no-untyped-def]
     rank = y.shape[1]
-    for row in range(len(indptr) - 1):
-        for entry in range(indptr[row], indptr[row + 1]):
-            other = others[entry]
+    mine, in_gradient, in_side = np.empty(rank), np.empty(rank), np.empty(rank)
+    for other in range(len(starts) - 1):
+        if starts[other] == starts[other + 1]:
+            continue
+        for k in range(rank):
+            mine[k] = y[other, k]
+            in_gradient[k] = in_side[k] = 0.0
+        for at in range(starts[other], starts[other + 1]):
+            row, entry = rows[at], entries[at]
             new = old = 0.0
             for k in range(rank):
-                new += y[other, k] * after[row, k]
-                old += y[other, k] * before[row, k]
+                new += mine[k] * np.float64(after[row, k])
+                old += mine[k] * np.float64(before[row, k])
             d = in_b[entry]
             new = confidence[entry] * new - d
             old = confidence[entry] * old - d
             for k in range(rank):
-                gradient[other, k] += new * after[row, k] - old * before[row, k]
-                b[other, k] += d * (after[row, k] - before[row, k])
+                x, x_before = np.float64(after[row, k]), np.float64(before[row, k])
+                in_gradient[k] += new * x - old * x_before
+                in_side[k] += d * (x - x_before)
+        squares = b_squares = 0.0
+        for k in range(rank):
+            squares += in_gradient[k] * in_gradient[k]
+            b_squares += in_side[k] * in_side[k]
+        gradient[other], b[other] = np.sqrt(squares), np.sqrt(b_squares)
 
 
 def gram(rows: NDArray[np.float32]) -> NDArray[np.float64]:

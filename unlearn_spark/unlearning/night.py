@@ -63,6 +63,10 @@ class Changes:
         user_id, item_id, request_id: one row for each rating and request, in the model or not.
     pairs
         user_id, item_id, value, change (-1 leaves the model, +1 enters it).
+    n_removed, n_added
+        Ratings that requests take out of the model, and new or corrected ones.
+    net
+        By how many ratings the model grows.
     ratings_version, ingest_id, tombstones_version
         The state of the tables that this was computed from.
     """
@@ -73,6 +77,7 @@ class Changes:
     n_requests: int
     n_removed: int
     n_added: int
+    net: int
     ratings_version: int
     ingest_id: int
     tombstones_version: int | None
@@ -85,6 +90,11 @@ class Changes:
             "ratings_removed": self.n_removed,
             "ratings_added": self.n_added,
         }
+
+    def are_large(self, n_ratings: int) -> bool:
+        """Is sweeping everything the quicker way for a model of so many ratings?"""
+        n_changes = self.n_removed + self.n_added
+        return n_changes >= max(LARGE_CHANGES, LARGE_SHARE * n_ratings)
 
 
 @dataclass(frozen=True)
@@ -202,6 +212,7 @@ def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Chang
         n_requests,
         n_removed,
         counts.get(1, 0),
+        counts.get(1, 0) - counts.get(-1, 0),
         ratings_version,
         ingest_id,
         tombstones_version,
@@ -251,7 +262,13 @@ def run_night(
     """
     started = time.perf_counter()
     model = models.published(store)
-    changes = collect_changes(store, model, settings.execution.checkpoint)
+    found: dict[str, Any] = publishing.together(
+        {
+            "changes": lambda: collect_changes(store, model, settings.execution.checkpoint),
+            "ratings": lambda: models.n_ratings(store, model),
+        }
+    )
+    changes: Changes = found["changes"]
     idle = not changes.n_requests and (kind == "unlearn" or not changes.n_added)
     if idle:
         return {"model_version": model.model_version, "requests": 0, "ratings_removed": 0}
@@ -259,16 +276,19 @@ def run_night(
         f"{changes.n_requests} requests take {changes.n_removed} ratings out; "
         f"{changes.n_added} new or corrected ratings come in"
     )
+    if found["ratings"] + changes.net <= 0:
+        raise InputError(
+            "these requests remove every rating of the model, which leaves nothing to publish; "
+            "ingest other ratings first"
+        )
     tonight = Tonight(store, settings, model, changes, progress, kind, started)
+    # A night mostly waits, and a job that dies after this finds the same work again.
+    deletion = ThreadPoolExecutor(1).submit(_delete_ratings, store, changes)
     night = None
-    if _is_large(store, model, changes):
+    if changes.are_large(found["ratings"]):
         progress("these are many: sweeping everything from the published factors")
-        _require_ratings(tonight.retained().limit(1).count())
     else:
         night = Night(tonight)
-        _require_ratings(night.n_ratings)
-    # The loop mostly waits, and a job that dies after this finds the same work again.
-    deletion = ThreadPoolExecutor(1).submit(_delete_ratings, store, changes)
     if night is not None and night.work():
         version, figures = night.publish(deletion)
     else:
@@ -287,22 +307,6 @@ def run_night(
         **figures,
         "seconds": time.perf_counter() - started,
     }
-
-
-def _is_large(store: Store, model: ModelVersion, changes: Changes) -> bool:
-    n_changes = changes.n_removed + changes.n_added
-    if n_changes < LARGE_CHANGES:
-        return False
-    row = models.read_factors(store, model)[0].agg(F.sum("n_ratings")).first()
-    return row is not None and n_changes >= LARGE_SHARE * (row[0] or 0)
-
-
-def _require_ratings(n_ratings: int) -> None:
-    if not n_ratings:
-        raise InputError(
-            "these requests remove every rating of the model, which leaves nothing to publish; "
-            "ingest other ratings first"
-        )
 
 
 def _sweep(
@@ -534,7 +538,7 @@ class Night:
     def factors(self) -> tuple[DataFrame, DataFrame]:
         """User and item factors (id, factors) as they are now."""
         users, items = (
-            self.rows[side].select("id", "slot").join(self.frontier.current(side), "slot")
+            self.frontier.current(side, self.rows[side].select("id", "slot", "factors"))
             for side in SIDES
         )
         return users, items
@@ -603,16 +607,15 @@ class Night:
         writes: dict[str, Callable[[], int]] = {}
         identities = []
         for side in SIDES:
-            rows = self.rows[side].select("id", "block", "slot", "n_ratings")
+            rows = self.rows[side].select("id", "block", "slot", "n_ratings", "factors")
             identities.append(
                 rows.withColumn("side", F.lit(side)).select(
                     "side", "slot", F.col("id").cast("string").alias("id")
                 )
             )
             if self.blocks[side]:
-                changed = rows.where(F.col("block").isin(self.blocks[side])).join(
-                    self.frontier.current(side), "slot"
-                )
+                changed = rows.where(F.col("block").isin(self.blocks[side]))
+                changed = self.frontier.current(side, changed)
                 writes[f"{side}_factors_version"] = _writer(store, side, changed, self.blocks[side])
         ledger = (
             self.frontier.entries()

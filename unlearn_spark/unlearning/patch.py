@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side, raw
+from unlearn_spark.als.blocks import SIDES, RatingBlock, is_dense, other_side, raw
 from unlearn_spark.als.kernel import relative_residual, row_residuals
 from unlearn_spark.als.solver import OtherSide
-from unlearn_spark.unlearning.ledger import gram, moved_terms
+from unlearn_spark.unlearning.ledger import gram, moved_norms
 
 if TYPE_CHECKING:
     from unlearn_spark.als.solver import Solver
@@ -231,7 +231,7 @@ class _Side:
         if other.solved.any():
             moves = other.ratings.rows(other.solved)
             places = other.places[other.solved]
-            pushes = moved_terms(
+            gradient, b = moved_norms(
                 moves.indptr,
                 moves.others,
                 moves.values,
@@ -240,7 +240,6 @@ class _Side:
                 other.before[places],
                 self.solver.objective,
             )
-            gradient, b = pushes.norms()
         outside = np.ones(len(self.known), np.bool_)
         outside[self.places] = False
         pushed = np.flatnonzero(outside & (gradient > 0))
@@ -262,8 +261,13 @@ class _Side:
 
 
 def places_among(slots: NDArray[np.int32], known: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Where in `known` the slots stand."""
-    places = np.searchsorted(known, slots).astype(np.int32)
+    """Where in `known` (ascending) the slots stand."""
+    if len(known) and is_dense(known, len(slots)):
+        table = np.full(known[-1] + 1, -1, np.int32)
+        table[known] = np.arange(len(known), dtype=np.int32)
+        places = table[np.minimum(slots, known[-1])]
+    else:
+        places = np.searchsorted(known, slots).astype(np.int32)
     if len(slots) and (places.max() >= len(known) or (known[places] != slots).any()):
         raise ValueError("a rating names a row without factors; the rating blocks are damaged")
     return places
