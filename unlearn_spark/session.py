@@ -77,6 +77,8 @@ _DEFAULTS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "200000",
     # Every query's plan is written out for the event log; with caches in caches that is megabytes.
     "spark.sql.maxPlanStringLength": "20000",
+    # A list of user keys skips pages of a file; of a longer one Parquet is told first and last.
+    "spark.sql.parquet.pushdown.inFilterThreshold": "256",
     # Re-reading a Delta log of a few commits needs no fifty tasks.
     "spark.databricks.delta.snapshotPartitions": "2",
 }

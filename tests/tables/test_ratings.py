@@ -274,7 +274,7 @@ def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
     blocks = ratings.user_blocks(store)
     wrong = table.where(
         f"user_block <> pmod({hashed}, {blocks}) "
-        f"or user_key <> pmod(shiftright({hashed}, 32), 1024)"
+        f"or user_key <> user_block * 1024 + pmod(shiftright({hashed}, 32), 1024)"
     )
     assert table.count() == 20
     assert wrong.count() == 0
@@ -303,6 +303,16 @@ def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
     assert '"add"' in log
     assert "ZZUSER" not in log
     assert "ZZITEM" not in log
+
+
+def test_a_table_whose_blocks_share_keys_is_refused(spark, store, tmp_path):
+    _ingest(store, _csv(tmp_path, "t.csv", "1,2,3,4"))
+    spark.sql(
+        f"ALTER TABLE {store.name('ratings')} SET TBLPROPERTIES ('unlearn.userBlocks' = '1')"
+    )
+    users = spark.createDataFrame([(1,)], "user_id long")
+    with pytest.raises(InputError, match="ingest its ratings into a new one"):
+        ratings.covering(store, users)
 
 
 def test_number_of_user_blocks():

@@ -1,7 +1,8 @@
 """The ratings table: one row per (user, item), found quickly by user, and how rows get into it.
 
 Partitioned by `user_block`; inside a block files are sorted by `user_key`, a second hash of the
-user, whose min/max statistics let readers skip. No id and no rating is in Delta's statistics,
+user. No two blocks share a key: the keys of some users, wherever they are, let readers skip all
+files and all pages of a file that have none of them. No id and no rating is in Delta's statistics,
 because the log outlives the rows.
 """
 
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 TABLE = "ratings"
 
 USER_KEYS = 1024
-"""Distinct values of `user_key`."""
+"""Values of `user_key` in a block."""
 ROWS_PER_BLOCK = 1_000_000
 MAX_USER_BLOCKS = 256
-USER_BLOCKS_PROPERTY = "unlearn.userBlocks"
+USER_BLOCKS_PROPERTY = "unlearn.blocksOfUserKeys"
+FORMER_PROPERTY = "unlearn.userBlocks"
+"""Of tables in which blocks share keys: what they hold would be looked for in vain."""
 
 _EMPTY_VERSION = 1
 """Delta version of the table once it is made and has its property, before the first ingest."""
@@ -37,7 +40,8 @@ FOREIGN_ID = "id is not an integer as in the table"
 REFUSED = "covered by tombstone "
 
 _PRUNING_LIMIT = 256
-"""Most values in a list of blocks or keys; a longer list would skip little."""
+"""Most values in a list of blocks or keys; a longer list would skip little. The session hands lists
+of this length to Parquet (`spark.sql.parquet.pushdown.inFilterThreshold`)."""
 
 BROADCAST_ROWS = 2_000_000
 """Most ids or pairs to be sent whole to every task; more meet the table by a shuffle."""
@@ -175,8 +179,13 @@ def user_blocks(store: Store) -> int:
 
 def _chosen_user_blocks(store: Store) -> int | None:
     properties = store.spark.sql(f"SHOW TBLPROPERTIES {store.name(TABLE)}")
-    row = properties.where(F.col("key") == USER_BLOCKS_PROPERTY).first()
-    return None if row is None else int(row["value"])
+    named = properties.where(F.col("key").isin(USER_BLOCKS_PROPERTY, FORMER_PROPERTY))
+    found = {row["key"]: row["value"] for row in named.collect()}
+    if FORMER_PROPERTY in found:
+        raise InputError(
+            "table ratings has the layout of an earlier version; ingest its ratings into a new one"
+        )
+    return int(found[USER_BLOCKS_PROPERTY]) if found else None
 
 
 # --- deleting -------------------------------------------------------------------------------
@@ -456,12 +465,11 @@ def _choose_blocks(n_ratings: int) -> int:
 
 
 def _places(user_id: Column, n_blocks: int) -> list[Column]:
-    """user_block and user_key: two independent parts of the hash of the id in its stored type."""
+    """user_block and user_key, from independent parts of the hash of the id in its stored type."""
     hashed = F.xxhash64(user_id)
-    return [
-        F.pmod(hashed, F.lit(n_blocks)).cast("int").alias("user_block"),
-        F.pmod(F.shiftright(hashed, 32), F.lit(USER_KEYS)).cast("int").alias("user_key"),
-    ]
+    block = F.pmod(hashed, F.lit(n_blocks)).cast("int")
+    within = F.pmod(F.shiftright(hashed, 32), F.lit(USER_KEYS)).cast("int")
+    return [block.alias("user_block"), (block * USER_KEYS + within).alias("user_key")]
 
 
 def _hinted(rows: DataFrame, n_rows: int) -> DataFrame:
