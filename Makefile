@@ -52,7 +52,10 @@ bench: setup ## side by side with Spark MLlib and with retraining; writes benchm
 bench-large: setup ## 100.5M ratings on this machine, against what smaller sizes predict
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/skew.py
+	$(BIN)/python benchmarks/cores.py
+	$(BIN)/python benchmarks/training.py --ratings 3000000
 	$(BIN)/python benchmarks/large.py
+	$(BIN)/python benchmarks/forgetting.py --users 480189 --items 17770 --ratings 100500000 --forget 1 --forget 100 --direct resolve --no-retrain
 	$(BIN)/python benchmarks/growth.py
 
 clean: ## remove what the demo wrote

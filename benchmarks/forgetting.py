@@ -1,6 +1,8 @@
 """What a night of deletions costs: arithmetic, wall-clock against retraining, and bytes read.
 
     python benchmarks/forgetting.py --ratings 1000000 --ratings 10000000 --forget 1 --forget 70
+    python benchmarks/forgetting.py --users 480189 --items 17770 --ratings 100500000 \
+        --forget 1 --forget 100 --direct resolve --no-retrain
 
 Every night starts from the same trained model (a copy of its tables), in one warm session; training
 and nights are the product's own jobs, publishing included.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from unlearn_spark.evaluation import synthetic
 
+DIRECT_ROWS = ("threshold", "resolve")
+NIGHT_FIGURES = ("work_sweeps", "rounds", "sweeps", "seconds")
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 
 
@@ -108,6 +113,22 @@ def nights_in_a_row(
     return rows
 
 
+def medians(raw: list[dict[str, Any]]) -> list[list[Any]]:
+    """A row for each kind of night: medians, but the largest residual."""
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in raw:
+        kinds.setdefault((run["ratings"], run["forget"], run["direct_rows"]), []).append(run)
+    rows = []
+    for kind, runs in kinds.items():
+        nights = [run["night"] for run in runs]
+        figures = [[night[name] for night in nights] for name in NIGHT_FIGURES]
+        figures.append([run["night"]["seconds"] / run["training_seconds"] for run in runs])
+        figures.append([run["bytes_read"] / 2**20 for run in runs])
+        worst = max(night["max_residual"] for night in nights)
+        rows.append([*kind, *map(statistics.median, figures), worst])
+    return rows
+
+
 @click.command()
 @click.option("--users", default=70_000)
 @click.option("--items", default=10_700)
@@ -116,7 +137,20 @@ def nights_in_a_row(
 @click.option("--forget", "amounts", multiple=True, type=int, default=(1, 70, 7000))
 @click.option("--implicit/--explicit", default=False)
 @click.option("--input", "path", type=click.Path(exists=True), help="MovieLens csv instead.")
+@click.option(
+    "--direct",
+    "directs",
+    type=click.Choice(DIRECT_ROWS),
+    multiple=True,
+    default=DIRECT_ROWS,
+    help="How rows that lost a rating are judged.",
+)
 @click.option("--repeat", default=1, help="Nights of each kind; medians are shown.")
+@click.option(
+    "--retrain/--no-retrain",
+    default=True,
+    help="Compare with one more training, as warm as the nights were, or with the first.",
+)
 def main(
     users: int,
     items: int,
@@ -125,7 +159,9 @@ def main(
     amounts: tuple[int, ...],
     implicit: bool,
     path: str | None,
+    directs: tuple[str, ...],
     repeat: int,
+    retrain: bool,
 ) -> None:
     """Print the table and save the raw figures."""
     spark = common.session(**{"spark.ui.retainedStages": 20000})
@@ -145,7 +181,7 @@ def main(
         everybody = users_of(spark, root)
         for turn in range(repeat):
             for amount in amounts:
-                for direct in ("threshold", "resolve"):
+                for direct in directs:
                     copy = folder / "night"
                     shutil.rmtree(copy, ignore_errors=True)
                     shutil.copytree(root, copy)
@@ -166,28 +202,15 @@ def main(
                             "training_sweeps": trained["sweeps"],
                         }
                     )
-        again = job("train", root, sets=sets)  # as warm as the nights were
-        for row in raw:
-            if row["ratings"] == trained["ratings"]:
-                row["training_seconds"] = again["seconds"]
+                    click.echo(raw[-1], err=True)
+        if retrain:
+            again = job("train", root, sets=sets)
+            for row in raw:
+                if row["ratings"] == trained["ratings"]:
+                    row["training_seconds"] = again["seconds"]
     spark.stop()
-    rows = [
-        [
-            run["ratings"],
-            run["forget"],
-            run["direct_rows"],
-            run["night"]["work_sweeps"],
-            run["night"]["rounds"],
-            run["night"]["sweeps"],
-            run["night"]["seconds"],
-            run["night"]["seconds"] / run["training_seconds"],
-            run["bytes_read"] / 2**20,
-            run["night"]["max_residual"],
-        ]
-        for run in raw
-    ]
     head = "ratings|users|direct rows|work, sweeps|rounds|swept|s|of retraining|MB read|residual"
-    common.table(head.split("|"), rows)
+    common.table(head.split("|"), medians(raw))
     name = f"forgetting-{'implicit' if implicit else 'explicit'}"
     name += f"-{'real' if path else max(sizes)}-{rank}"
     common.save(name, {"raw": raw})

@@ -1,0 +1,73 @@
+"""A sweep on one core and on all: how much of it runs in parallel.
+
+    python benchmarks/cores.py --ratings 10000000 --rank 64
+
+Every number of cores has a process of its own, which is bound to so many, its JVM and workers with
+it. They alternate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+from unlearn_spark.config import AlsSettings
+
+
+def sweep_seconds(cores: int, users: int, items: int, ratings: int, rank: int) -> float:
+    """The least of eight sweeps of a second fit in a session that is bound to so many cores."""
+    from unlearn_spark.als.training import fit_factors
+
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    spark = common.session(**{"spark.master": f"local[{cores}]"})
+    frame = common.generated(spark, users, items, ratings)
+    als = AlsSettings(rank=rank, reg_param=0.05, max_sweeps=8, tol=1e-12)
+    for _ in range(2):
+        fitted = fit_factors(frame, als)
+        history = fitted.summary.history
+        fitted.release()
+    spark.stop()
+    return min(report["seconds"] for report in history)
+
+
+@click.command()
+@click.option("--users", default=70_000)
+@click.option("--items", default=10_700)
+@click.option("--ratings", default=10_000_000)
+@click.option("--rank", default=64)
+@click.option("--rounds", default=2)
+@click.option("--only", type=int, help="Print the seconds on so many cores.")
+def main(users: int, items: int, ratings: int, rank: int, rounds: int, only: int | None) -> None:
+    """Print the table and save the raw figures."""
+    if only:
+        print(json.dumps(sweep_seconds(only, users, items, ratings, rank)))
+        return
+    every = len(os.sched_getaffinity(0))
+    command = [sys.executable, __file__, f"--users={users}", f"--items={items}"]
+    command += [f"--ratings={ratings}", f"--rank={rank}"]
+    raw: dict[int, list[float]] = {1: [], every: []}
+    for _ in range(rounds):
+        for cores, seconds in raw.items():
+            done = subprocess.run(
+                [*command, f"--only={cores}"], check=True, stdout=subprocess.PIPE, text=True
+            )
+            seconds.append(json.loads(done.stdout.splitlines()[-1]))
+    medians = {cores: statistics.median(seconds) for cores, seconds in raw.items()}
+    common.table(
+        ["cores", "sweep, s", "faster than one"],
+        [[cores, median, medians[1] / median] for cores, median in medians.items()],
+    )
+    common.save(f"cores-{ratings}-{rank}", {"raw": raw})
+
+
+if __name__ == "__main__":
+    main()
