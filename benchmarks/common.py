@@ -101,6 +101,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     Console(width=120).print(drawn)
 
 
+def numbered(frame: DataFrame) -> tuple[Any, Any, Any]:
+    """User and item numbers from 0, and values, in this process's memory."""
+    import numpy as np
+
+    table = frame.select("user_id", "item_id", "rating").toArrow()
+    users, items = (
+        np.unique(table[name].to_numpy(), return_inverse=True)[1] for name in ("user_id", "item_id")
+    )
+    return users, items, table["rating"].to_numpy().astype(np.float32)
+
+
 def library_fit(
     ratings: tuple[Any, Any, Any], rank: int, reg_param: float, alpha: float, cg: bool
 ) -> Callable[[int], float]:
@@ -109,7 +120,7 @@ def library_fit(
     Parameters
     ----------
     ratings
-        User and item numbers from 0, and values.
+        As from `numbered`.
     cg
         Three steps of conjugate gradients a row, else an exact Cholesky solve.
     """

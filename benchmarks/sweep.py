@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -74,11 +73,7 @@ def contestants(frame: Any, rank: int, implicit: bool) -> dict[str, Callable[[in
 
 def of_the_library(frame: Any, rank: int) -> dict[str, Callable[[int], float]]:
     """The same of the library implicit, on the ratings in this process's memory."""
-    table = frame.select("user_id", "item_id", "rating").toArrow()
-    u, i = (
-        np.unique(table[name].to_numpy(), return_inverse=True)[1] for name in ("user_id", "item_id")
-    )
-    ratings = (u, i, table["rating"].to_numpy().astype(np.float32))
+    ratings = common.numbered(frame)
     return {
         name: common.library_fit(ratings, rank, REG_PARAM, ALPHA, cg)
         for name, cg in (("library, Cholesky", False), ("library, 3 CG steps", True))

@@ -53,12 +53,7 @@ def library(frame: Any, als: AlsSettings, sweeps: int, cg: bool) -> float:
     """Seconds that the library implicit takes from a table's rows to fitted factors."""
 
     def fit() -> None:
-        table = frame.select("user_id", "item_id", "rating").toArrow()
-        u, i = (
-            np.unique(table[name].to_numpy(), return_inverse=True)[1]
-            for name in ("user_id", "item_id")
-        )
-        ratings = (u, i, table["rating"].to_numpy().astype(np.float32))
+        ratings = common.numbered(frame)
         common.library_fit(ratings, als.rank, als.reg_param, als.alpha, cg)(sweeps)
 
     return common.timed(fit)
