@@ -211,7 +211,8 @@ def main(
     spark.stop()
     head = "ratings|users|direct rows|work, sweeps|rounds|swept|s|of retraining|MB read|residual"
     common.table(head.split("|"), medians(raw))
-    name = f"forgetting-{'implicit' if implicit else 'explicit'}"
+    name = "nights" if path is None and len(sizes) == 1 else "forgetting"  # with growth
+    name += f"-{'implicit' if implicit else 'explicit'}"
     name += f"-{'real' if path else max(sizes)}-{rank}"
     common.save(name, {"raw": raw})
 
