@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from unlearn_spark.config import Settings, SparkSettings
+from unlearn_spark.config import AlsSettings, Settings, SparkSettings
 from unlearn_spark.evaluation import synthetic
 from unlearn_spark.session import get_spark
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DRIVER_MEMORY = "8g"
+REG_PARAM, ALPHA = 0.05, 10.0
 
 
 def session(**conf: Any) -> SparkSession:
@@ -110,6 +111,28 @@ def numbered(frame: DataFrame) -> tuple[Any, Any, Any]:
         np.unique(table[name].to_numpy(), return_inverse=True)[1] for name in ("user_id", "item_id")
     )
     return users, items, table["rating"].to_numpy().astype(np.float32)
+
+
+def als_settings(rank: int, implicit: bool, **more: Any) -> AlsSettings:
+    """Training settings of a contest: the regularisation and confidence that all have."""
+    return AlsSettings(rank=rank, reg_param=REG_PARAM, implicit_prefs=implicit, alpha=ALPHA, **more)
+
+
+def mllib_als(als: AlsSettings, sweeps: int) -> Any:
+    """Spark MLlib's estimator with our settings and so many sweeps."""
+    from pyspark.ml.recommendation import ALS  # not ours of the same name
+
+    return ALS(
+        rank=als.rank,
+        maxIter=sweeps,
+        regParam=als.reg_param,
+        implicitPrefs=als.implicit_prefs,
+        alpha=als.alpha,
+        userCol="user_id",
+        itemCol="item_id",
+        ratingCol="rating",
+        seed=1,
+    )
 
 
 def library_fit(

@@ -30,11 +30,10 @@ from threadpoolctl import threadpool_limits
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
+from benchmarks.common import ALPHA, REG_PARAM
 from unlearn_spark.als.blocks import RatingBlock
 from unlearn_spark.als.kernel import Objective, solve_rows
 from unlearn_spark.evaluation import synthetic
-
-REG_PARAM, ALPHA = 0.05, 10.0
 
 
 def numpy_rows(block: RatingBlock, fixed: NDArray[np.float32]) -> NDArray[np.float32]:

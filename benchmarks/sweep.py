@@ -23,26 +23,14 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from unlearn_spark.config import AlsSettings
-
-REG_PARAM, ALPHA = 0.05, 10.0
 
 
 def contestants(frame: Any, rank: int, implicit: bool) -> dict[str, Callable[[int], float]]:
     """By name: fits with so many sweeps and returns the seconds."""
-    from pyspark.ml.recommendation import ALS as Peer  # noqa: N811
-
     from unlearn_spark.als.training import fit_factors
 
     def ours(sweeps: int) -> float:
-        als = AlsSettings(
-            rank=rank,
-            reg_param=REG_PARAM,
-            implicit_prefs=implicit,
-            alpha=ALPHA,
-            max_sweeps=sweeps,
-            tol=1e-12,
-        )
+        als = common.als_settings(rank, implicit, max_sweeps=sweeps, tol=1e-12)
         fitted = fit_factors(frame, als)
         history = fitted.summary.history
         fitted.release()
@@ -50,16 +38,7 @@ def contestants(frame: Any, rank: int, implicit: bool) -> dict[str, Callable[[in
         return fitted.summary.encode_seconds + sum(report["seconds"] for report in history)
 
     def mllib(sweeps: int) -> float:
-        als = Peer(
-            rank=rank,
-            maxIter=sweeps,
-            regParam=REG_PARAM,
-            implicitPrefs=implicit,
-            alpha=ALPHA,
-            userCol="user_id",
-            itemCol="item_id",
-            ratingCol="rating",
-        )
+        als = common.mllib_als(common.als_settings(rank, implicit), sweeps)
 
         def fit() -> None:
             model = als.fit(frame)
@@ -75,7 +54,7 @@ def of_the_library(frame: Any, rank: int) -> dict[str, Callable[[int], float]]:
     """The same of the library implicit, on the ratings in this process's memory."""
     ratings = common.numbered(frame)
     return {
-        name: common.library_fit(ratings, rank, REG_PARAM, ALPHA, cg)
+        name: common.library_fit(ratings, rank, common.REG_PARAM, common.ALPHA, cg)
         for name, cg in (("library, Cholesky", False), ("library, 3 CG steps", True))
     }
 

@@ -177,18 +177,35 @@ class RatingBlock:
         return block if keep_empty else block.rows(np.diff(indptr) > 0)
 
 
-def is_dense(slots: NDArray[np.int32], n_lookups: int) -> bool:
+def _is_dense(slots: NDArray[np.int32], n_lookups: int) -> bool:
     """Is a table over all slots up to the largest of these small beside so many lookups?"""
     return bool(slots.size) and int(slots.max()) < 4 * n_lookups
 
 
 def distinct(slots: NDArray[np.int32]) -> NDArray[np.int32]:
     """The different slots, ascending; `np.unique`, but without a sort where that is slower."""
-    if not is_dense(slots, len(slots)):
+    if not _is_dense(slots, len(slots)):
         return np.unique(slots)
     seen = np.zeros(int(slots.max()) + 1, np.bool_)
     seen[slots] = True
     return np.flatnonzero(seen).astype(np.int32)
+
+
+def places_in(
+    slots: NDArray[np.int32], known: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Where in `known` (ascending) those slots stand that are there, and which these are."""
+    if not len(known):
+        return np.zeros(0, np.int32), np.zeros(len(slots), np.bool_)
+    last = known[-1]
+    if _is_dense(known, len(slots)):
+        table = np.zeros(last + 1, np.int32)
+        table[known] = np.arange(len(known), dtype=np.int32)
+        places = table[np.minimum(slots, last)]
+    else:
+        places = np.searchsorted(known, np.minimum(slots, last)).astype(np.int32)
+    here = known[places] == slots
+    return places[here], here
 
 
 def pair_keys(rows: NDArray[np.int32], others: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -185,16 +185,14 @@ def growth(
     """
     figure, axes = _subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        smallest = largest = None
         for label, points in lines.items():
             x, y = zip(*sorted(points), strict=True)
             axis.loglog(x, y, marker="o", linestyle="-" if len(x) > 1 else "none", label=label)
-            if smallest is None or x[0] < smallest[0]:
-                smallest = (x[0], y[0])
-            largest = max(largest or x[-1], x[-1])
-        if smallest is not None and largest is not None:
-            ends = (smallest[0], largest)
-            linear = [smallest[1] * end / smallest[0] for end in ends]
+        every = [point for points in lines.values() for point in sorted(points)]
+        if every:
+            x0, y0 = min(every, key=lambda point: point[0])
+            ends = (x0, max(x for x, _ in every))
+            linear = [y0 * end / x0 for end in ends]
             axis.loglog(ends, linear, color="grey", linestyle=":", label="linear growth")
         axis.set(title=title, xlabel="ratings")
         axis.legend(fontsize="small")

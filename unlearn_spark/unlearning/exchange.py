@@ -16,7 +16,15 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import SIDES, RatingBlock, distinct, other_side, pair_keys, raw
+from unlearn_spark.als.blocks import (
+    SIDES,
+    RatingBlock,
+    distinct,
+    other_side,
+    pair_keys,
+    places_in,
+    raw,
+)
 from unlearn_spark.als.solver import cut_stack
 from unlearn_spark.als.spark import arrays_of, list_column, matrix_of, pieces_table
 from unlearn_spark.unlearning.ledger import rating_terms
@@ -316,10 +324,9 @@ def fetcher(rank: int) -> Callable[[pa.Table, pa.Table], pa.Table]:
             rows = len(slots) - 1 - from_end
             for row in asked[side]:
                 wanted = np.frombuffer(row["slots"], np.int32)
-                wanted = wanted[np.isin(wanted, known)]
-                places = rows[places_among(wanted, known)]
+                places, here = places_in(wanted, known)
                 place = {"side": side, "key": row["key"]}
-                answers += _stock_rows(place, wanted, factors[places])
+                answers += _stock_rows(place, wanted[here], factors[rows[places]])
         return _table_of(MESSAGES, answers)
 
     return fetch

@@ -99,12 +99,14 @@ class Changes:
 
 @dataclass(frozen=True)
 class Tonight:
-    """What a night starts from, whichever way it is done; `started` by `time.perf_counter`."""
+    """What a night starts from, whichever way it is done: `n_ratings` will be left, and it was
+    `started` by `time.perf_counter`."""
 
     store: Store
     settings: Settings
     model: ModelVersion
     changes: Changes
+    n_ratings: int
     progress: Callable[[str], None]
     kind: str
     started: float
@@ -276,12 +278,13 @@ def run_night(
         f"{changes.n_requests} requests take {changes.n_removed} ratings out; "
         f"{changes.n_added} new or corrected ratings come in"
     )
-    if found["ratings"] + changes.net <= 0:
+    n_ratings = found["ratings"] + changes.net
+    if n_ratings <= 0:
         raise InputError(
             "these requests remove every rating of the model, which leaves nothing to publish; "
             "ingest other ratings first"
         )
-    tonight = Tonight(store, settings, model, changes, progress, kind, started)
+    tonight = Tonight(store, settings, model, changes, n_ratings, progress, kind, started)
     # A night mostly waits, and a job that dies after this finds the same work again.
     deletion = ThreadPoolExecutor(1).submit(_delete_ratings, store, changes)
     night = None
@@ -420,19 +423,16 @@ class Night:
             for side in SIDES
         ]
         self.new_changes = changed[0].unionByName(changed[1])
-        stays = F.col("n_ratings") > 0
         sizes = aggregates_of(
             together,
-            F.coalesce(F.sum(F.when(stays, F.col("n_ratings"))), F.lit(0)),
-            F.count_if(stays),
+            F.count_if(F.col("n_ratings") > 0),
             F.coalesce(F.max("slot"), F.lit(0)),
             F.collect_set(F.when(F.col("delta").isNotNull(), F.col("block"))),
         )
-        self.n_ratings = sizes["user"][0]
-        self.n_rows = sum(sizes[side][1] for side in SIDES)
-        self.touched_blocks = {side: set(sizes[side][3]) for side in SIDES}
+        self.n_rows = sum(sizes[side][0] for side in SIDES)
+        self.touched_blocks = {side: set(sizes[side][2]) for side in SIDES}
         for side in SIDES:
-            self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][2] + 1)
+            self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][1] + 1)
         self.frontier = Frontier(
             solver=solver_of(self.als),
             rows={side: r.select("slot", "n_ratings", "factors") for side, r in together.items()},
@@ -441,7 +441,7 @@ class Night:
             execution=settings.execution,
             parallelism=session_parallelism(store.spark),
             n_blocks={side: self.layouts[side]["n_blocks"] for side in SIDES},
-            work=Work(self.als.rank, self.n_ratings, self.n_rows),
+            work=Work(self.als.rank, tonight.n_ratings, self.n_rows),
             progress=tonight.progress,
             grams=grams,
             training_sweeps=model.training_sweeps,

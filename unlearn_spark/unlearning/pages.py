@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import RatingBlock, concatenate, pair_keys, raw
+from unlearn_spark.als.blocks import RatingBlock, concatenate, pair_keys, places_in, raw
 from unlearn_spark.als.kernel import relative_residual
 
 PAGE_ROWS = 200_000
@@ -176,7 +176,7 @@ class Page:
         """
         order = np.argsort(slots)
         slots, n_ratings = slots[order], n_ratings[order]
-        places, known = _places(stored["slots"], slots)
+        places, known = places_in(stored["slots"], slots)
         n = len(slots)
         chunks, gradient = np.full(n, -1, np.int32), np.full(n, np.inf)
         b_norm, factor_norm = np.zeros(n), np.ones(n)
@@ -218,7 +218,7 @@ class Page:
         """
         order = np.lexsort((b, gradient, slots))  # one order of every sum
         slots, gradient, b = slots[order], gradient[order], b[order]
-        places, known = _places(slots, self.slots)
+        places, known = places_in(slots, self.slots)
         n = len(self.slots)
         grown = self.gradient_norm + np.bincount(places, gradient[known], n)
         grown = grown + drift * self.factor_norm
@@ -246,7 +246,7 @@ class Page:
         again
             The next round may look at them along with others.
         """
-        places, known = _places(slots, self.slots)
+        places, known = places_in(slots, self.slots)
         arrays = {}
         for name in ("gradient_norm", "b_norm", "factor_norm"):
             arrays[name] = getattr(self, name).copy()
@@ -330,14 +330,3 @@ _CHANGES: dict[str, type[np.generic]] = {
 }
 _ARRAYS = tuple(_KINDS)
 COLUMNS = {**_KINDS, **{f"change_{name}": kind for name, kind in _CHANGES.items()}}
-
-
-def _places(
-    slots: NDArray[np.int32], known: NDArray[np.int32]
-) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """Where in `known` (ascending) those slots stand that are there, and which these are."""
-    places = np.searchsorted(known, slots)
-    if not len(known):
-        return places, np.zeros(len(slots), np.bool_)
-    here = known[np.minimum(places, len(known) - 1)] == slots
-    return places[here], here

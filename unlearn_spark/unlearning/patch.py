@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import SIDES, RatingBlock, is_dense, other_side, raw
+from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side, places_in, raw
 from unlearn_spark.als.kernel import relative_residual, row_residuals
 from unlearn_spark.als.solver import OtherSide
 from unlearn_spark.unlearning.ledger import gram, moved_norms
@@ -261,13 +261,8 @@ class _Side:
 
 
 def places_among(slots: NDArray[np.int32], known: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Where in `known` (ascending) the slots stand."""
-    if len(known) and is_dense(known, len(slots)):
-        table = np.full(known[-1] + 1, -1, np.int32)
-        table[known] = np.arange(len(known), dtype=np.int32)
-        places = table[np.minimum(slots, known[-1])]
-    else:
-        places = np.searchsorted(known, slots).astype(np.int32)
-    if len(slots) and (places.max() >= len(known) or (known[places] != slots).any()):
+    """Where in `known` (ascending) the slots stand, which must all be there."""
+    places, here = places_in(slots, known)
+    if not here.all():
         raise ValueError("a rating names a row without factors; the rating blocks are damaged")
     return places
