@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from unlearn_spark.cli import JobContext, job, progress, run
-from unlearn_spark.errors import SettingsError, UserError
+from unlearn_spark.errors import SettingsError
 
 if TYPE_CHECKING:
     from unlearn_spark.tables.models import ModelVersion
@@ -113,11 +112,12 @@ def prepare(
     from rich.console import Console
 
     from unlearn_spark.evaluation import membership, plots
+    from unlearn_spark.preconditions import require_picture
     from unlearn_spark.unlearning import comparison
 
     membership.require_sklearn()
-    if plot is not None and find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib; pip install 'unlearn-spark[evaluation]'")
+    if plot is not None:
+        require_picture(plot)
     store, execution = context.store, context.settings.execution
     deletion = comparison.find_deletion(store, model, execution.checkpoint)
     judged = None

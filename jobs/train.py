@@ -5,8 +5,6 @@ spark-submit jobs/train.py --root /data/recommender --set als.rank=64
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -27,10 +25,11 @@ def main(context: JobContext, plot: str | None) -> dict[str, Any]:
     Progress goes to stderr; the last line on stdout is one JSON object."""
     from unlearn_spark import publishing
     from unlearn_spark.als.training import fit_factors
+    from unlearn_spark.preconditions import require_picture
     from unlearn_spark.tables import models, ratings, tombstones
 
     if plot:
-        check_plot(plot)
+        require_picture(plot)
     started = time.perf_counter()
     store, settings = context.store, context.settings
     store.require(ratings.TABLE)
@@ -74,22 +73,6 @@ def main(context: JobContext, plot: str | None) -> dict[str, Any]:
         **figures,
         "seconds": time.perf_counter() - started,
     }
-
-
-def check_plot(path: str) -> None:
-    """Fail before the work where the picture could not be drawn after it."""
-    from unlearn_spark.errors import SettingsError
-
-    target = Path(path).absolute()
-    if target.is_dir():
-        raise SettingsError(f"--plot {path}: is a directory; name a file")
-    existing = next(folder for folder in target.parents if os.path.exists(folder))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise SettingsError(f"--plot {path}: {existing} is no writable directory; name another")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SettingsError(
-            f"--plot {path}: needs matplotlib; pip install 'unlearn-spark[evaluation]'"
-        )
 
 
 if __name__ == "__main__":

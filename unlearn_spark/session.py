@@ -291,17 +291,24 @@ def install_jars() -> list[str]:
         if organisation in ("io.delta", "io.unitycatalog"):
             shutil.copyfile(jar, target / artifact)
             copied.append(artifact)
+    return copied
+
+
+def link_defaults() -> None:
+    """Let plain `spark-submit` of this interpreter's pyspark find conf/spark-defaults.conf."""
     defaults = Path(__file__).resolve().parent.parent / "conf" / "spark-defaults.conf"
     if defaults.exists():
-        (target.parent / "conf").mkdir(exist_ok=True)
-        shutil.copyfile(defaults, target.parent / "conf" / "spark-defaults.conf")
-    return copied
+        link = jars_directory().parent / "conf" / "spark-defaults.conf"
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(defaults)
 
 
 if __name__ == "__main__":
     from unlearn_spark.worker_daemon import warm_up
 
     names = install_jars()
+    link_defaults()
     print("Delta jars:", ", ".join(names) if names else "already there", file=sys.stderr)
     print("compiling the kernels, once", file=sys.stderr)
     prepare_workers()

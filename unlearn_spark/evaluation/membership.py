@@ -19,13 +19,12 @@ NumPy, and scikit-learn for the fitted attack; Spark is not known here.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unlearn_spark.errors import InputError, UserError
+from unlearn_spark.errors import InputError
 from unlearn_spark.evaluation.metrics import auc
+from unlearn_spark.preconditions import require_package
 
 FEATURES = ("score", "user_mean", "item_mean", "percentile")
 """Columns of `attack_features`."""
@@ -140,8 +139,4 @@ def fitted_attack(members: ArrayLike, others: ArrayLike, *, seed: int = 0) -> fl
 
 def require_sklearn() -> None:
     """Raise UserError, with the mend, where scikit-learn is missing."""
-    if find_spec("sklearn") is None:
-        raise UserError(
-            "the fitted membership attack needs scikit-learn; "
-            "pip install 'unlearn-spark[evaluation]'"
-        )
+    require_package("sklearn", "scikit-learn", "the fitted membership attack")

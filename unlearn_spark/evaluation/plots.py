@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from unlearn_spark.errors import InputError, UserError
+from unlearn_spark.errors import InputError
+from unlearn_spark.preconditions import require_package
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -200,11 +201,10 @@ def growth(
 
 
 def _subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots need matplotlib; pip install 'unlearn-spark[evaluation]'") from error
+    require_package("matplotlib", "matplotlib", "a picture")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     # Not through pyplot: that keeps global state and may look for a display.
     figure = Figure(figsize=kwargs.pop("figsize"), layout="constrained")
     FigureCanvasAgg(figure)

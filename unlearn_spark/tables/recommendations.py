@@ -21,6 +21,7 @@ from pyspark.sql.types import (
 )
 
 from unlearn_spark.errors import InputError
+from unlearn_spark.preconditions import require_creatable
 from unlearn_spark.tables.store import TableSpec
 
 if TYPE_CHECKING:
@@ -81,9 +82,7 @@ def check_export(path: str) -> None:
     target = Path(path)
     if os.path.exists(target) and not (target.suffix == "" and (target / "_delta_log").is_dir()):
         raise InputError(f"--output {path}: exists already; name another or remove it")
-    existing = next(p for p in (target.absolute(), *target.absolute().parents) if os.path.exists(p))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--output {path}: {existing} is no writable directory; name another")
+    require_creatable("--output", path)
 
 
 def export(rows: DataFrame, path: str) -> None:

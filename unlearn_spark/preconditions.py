@@ -1,0 +1,35 @@
+"""What is checked before a job's work, so that it does not fail when the work is done."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from unlearn_spark.errors import InputError, UserError
+
+
+def require_package(module: str, distribution: str, purpose: str) -> None:
+    """Raise UserError, with the mend, where an optional package is missing."""
+    if find_spec(module) is None:
+        raise UserError(f"{purpose} needs {distribution}; pip install 'unlearn-spark[evaluation]'")
+
+
+def require_creatable(option: str, path: str) -> None:
+    """Raise InputError where nothing can be created at a local path that an option names.
+
+    Missing parents are no hindrance; whether something is there already is the caller's question.
+    """
+    target = Path(path).absolute()
+    existing = next(p for p in (target, *target.parents) if os.path.exists(p))
+    folder = existing.parent if existing == target and not existing.is_dir() else existing
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {path}: {folder} is no writable directory; name another")
+
+
+def require_picture(path: str) -> None:
+    """Raise UserError where `--plot` could not draw to this path."""
+    if Path(path).is_dir():
+        raise InputError(f"--plot {path}: is a directory; name a file")
+    require_creatable("--plot", path)
+    require_package("matplotlib", "matplotlib", f"--plot {path}")
