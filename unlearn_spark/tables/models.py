@@ -191,7 +191,14 @@ def read_factors(store: Store, model: ModelVersion) -> tuple[DataFrame, DataFram
     )
 
 
-def n_ratings(store: Store, model: ModelVersion) -> int:
-    """How many ratings a version was fitted to."""
-    row = read_factors(store, model)[0].agg(F.sum("n_ratings")).first()
-    return 0 if row is None else int(row[0] or 0)
+def sizes(store: Store, model: ModelVersion) -> tuple[int, int]:
+    """How many rows a version has, of both sides, and how many ratings it was fitted to."""
+    users, items = read_factors(store, model)
+    row = (
+        users.select("n_ratings")
+        .unionByName(items.select("n_ratings"))
+        .agg(F.count(F.lit(1)), F.coalesce(F.sum("n_ratings"), F.lit(0)))
+        .first()
+    )
+    assert row is not None
+    return int(row[0]), int(row[1]) // 2  # either side counts every rating

@@ -367,18 +367,18 @@ def settler(
     return solve
 
 
-def packer(rank: int) -> Callable[[pa.Table], pa.Table]:
-    """Factor rows (side, page, slot, factors) of a page as `STOCK`."""
+def packer(
+    rank: int, page_keys: tuple[int, ...]
+) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """Factor rows (side, slot, factors) as `STOCK`."""
 
-    def pack(table: pa.Table) -> pa.Table:
-        number = table["page"][0].as_py()
-        packed: list[dict[str, Any]] = []
-        for side, rows in _tables_by_side(table).items():
-            mine = rows.sort_by("slot")
-            if mine.num_rows:
-                slots, factors = mine["slot"].to_numpy(), matrix_of(mine["factors"], rank)
-                packed += _stock_rows({"side": side, "page": number}, slots, factors)
-        return _table_of(STOCK, packed)
+    def pack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        for batch in batches:
+            for side, rows in _tables_by_side(pa.Table.from_batches([batch])).items():
+                slots, factors = rows["slot"].to_numpy(), matrix_of(rows["factors"], rank)
+                for page, mine in _by_page(slots, page_keys):
+                    packed = _stock_rows({"side": side, "page": page}, slots[mine], factors[mine])
+                    yield from _table_of(STOCK, list(packed)).to_batches()
 
     return pack
 

@@ -102,7 +102,7 @@ class Frontier:
         Objective, rank and precision.
     rows
         By side: slot, n_ratings, factors - as published, and new rows. Those that left have no
-        ratings.
+        ratings. Read when it is needed, and only the columns that are.
     chunks
         Packed ratings of both sides (`encoding.CHUNK_SCHEMA`).
     n_blocks
@@ -112,7 +112,8 @@ class Frontier:
     pages
         The ledger of both sides (`exchange.PAGES`); after every step true bounds.
     stock
-        The factors of `rows` (`exchange.STOCK`).
+        The factors of `rows` (`exchange.STOCK`), from the first round on: a night without rounds
+        reads few of them.
     results
         Of each round (`exchange.RESULTS`), oldest first.
     """
@@ -130,7 +131,7 @@ class Frontier:
     grams: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     rounds: int = 0
     pages: DataFrame = field(init=False)
-    stock: DataFrame = field(init=False)
+    stock: DataFrame | None = field(init=False, default=None)
     results: list[DataFrame] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -208,7 +209,9 @@ class Frontier:
     def open(
         self,
         ledger: DataFrame,
-        changes: DataFrame,
+        earlier: DataFrame,
+        news: DataFrame,
+        named: Mapping[str, DataFrame],
         tonight: int,
         gram_changes: Mapping[str, NDArray[np.float64] | None],
     ) -> None:
@@ -218,9 +221,11 @@ class Frontier:
         ----------
         ledger
             side, slot, chunk, gradient_norm, b_norm, factor_norm; of rows that left as well.
-        changes
-            side, slot, other_slot, value, change (-1 removed, +1 added), model_version: since the
-            chunks were packed, tonight's included.
+        earlier, news
+            side, slot, other_slot, value, change (-1 removed, +1 added), model_version: changes
+            since the chunks were packed, and tonight's.
+        named
+            By side: slot, factors of all rows that tonight's changes name.
         tonight
             The `model_version` of tonight's changes.
         gram_changes
@@ -229,35 +234,27 @@ class Frontier:
         """
         page = part_key("slot", self.page_keys).alias("page")
         drifts = {s: drift(m) if m is not None else 0.0 for s, m in gram_changes.items()}
-        rows = _union([self.rows[side].withColumn("side", F.lit(side)) for side in SIDES])
-        changes = changes.select(
-            "side", page, "slot", "other_slot", "value", "change", "model_version"
-        )
-        self.stock = self._checkpoint(
-            rows.select("side", page, "slot", "factors")
-            .groupBy("page")
-            .applyInArrow(exchange.packer(self.solver.rank), exchange.STOCK)
-        )
-        news = changes.where(F.col("model_version") == tonight)
         needed = (
-            news.select("side", "page", "slot", "other_slot")
+            news.select("side", page, "slot", "other_slot")
             .groupBy("page")
             .applyInArrow(exchange.change_need_finder(self.page_keys), exchange.NEEDED)
         )
         states = _union(
             [
-                rows.where("n_ratings > 0").select("side", page, "slot", "n_ratings"),
+                _sides(self.rows).where("n_ratings > 0").select("side", page, "slot", "n_ratings"),
                 ledger.select(
                     "side", page, "slot", "chunk", "gradient_norm", "b_norm", "factor_norm"
                 ),
-                changes,
+                earlier.unionByName(news).select(
+                    "side", page, "slot", "other_slot", "value", "change", "model_version"
+                ),
             ],
         )
         force = self.settings.direct_rows == "resolve"
         opener = exchange.page_opener(self.solver, tonight, drifts, force, self._levels)
         self.pages = self._checkpoint(
             states.groupBy("page")
-            .cogroup(self._fetched(needed).groupBy("key"))
+            .cogroup(self._fetched(needed, self._packed(named)).groupBy("key"))
             .applyInArrow(opener, exchange.PAGES)
         )
         for side, change in gram_changes.items():
@@ -267,7 +264,13 @@ class Frontier:
     def run(self) -> dict[str, Summary] | None:
         """Rounds until no bound exceeds tau; returns how the sides stand then, or None when the
         loop is not the cheaper way."""
-        most_work = max(MOST_SWEEPS, SHARE_OF_TRAINING * self.training_sweeps)
+        try:
+            return self._run(max(MOST_SWEEPS, SHARE_OF_TRAINING * self.training_sweeps))
+        finally:
+            if self.stock is not None:
+                self.stock.unpersist()
+
+    def _run(self, most_work: float) -> dict[str, Summary] | None:
         while True:
             state = self.summary()
             over = {side: state[side].over for side in SIDES if state[side].over}
@@ -349,9 +352,14 @@ class Frontier:
         wanted = ("side", "page", "slots", "factors", "solved", "round")
         return _union([frame.select(*wanted) for frame in self.results])
 
-    def _fetched(self, needed: DataFrame) -> DataFrame:
+    def _packed(self, rows: Mapping[str, DataFrame]) -> DataFrame:
+        """Factor rows (slot, factors) of both sides as `exchange.STOCK`."""
+        pack = exchange.packer(self.solver.rank, self.page_keys)
+        return _sides(rows).select("side", "slot", "factors").mapInArrow(pack, exchange.STOCK)
+
+    def _fetched(self, needed: DataFrame, stock: DataFrame) -> DataFrame:
         """Factors as they are now (`exchange.MESSAGES`) of needed rows (`exchange.NEEDED`)."""
-        stock = self.stock.select(
+        stock = stock.select(
             *("side", "page", "slots", "factors"),
             F.lit(None).cast("binary").alias("solved"),
             F.lit(0).alias("round"),
@@ -381,7 +389,10 @@ class Frontier:
         page_keys = self.page_keys
         spare = max(SPARE_RATINGS, SPARE_SHARE * 2 * self.work.ratings)
         parts = self.ratings_of(patch, keys, places).persist()
-        messages = self._fetched(parts.mapInArrow(exchange.need_finder(page_keys), exchange.NEEDED))
+        if self.stock is None:
+            self.stock = self._packed(self.rows).persist()
+        needed = parts.mapInArrow(exchange.need_finder(page_keys), exchange.NEEDED)
+        messages = self._fetched(needed, self.stock)
         levels = (self.settings.tau, self.mark)
         settled = (
             parts.groupBy("key")
@@ -397,6 +408,11 @@ class Frontier:
 
     def _checkpoint(self, frame: DataFrame) -> DataFrame:
         return materialise(frame, self.execution.checkpoint)
+
+
+def _sides(frames: Mapping[str, DataFrame]) -> DataFrame:
+    """The rows of both sides, told apart by `side`."""
+    return _union([frames[side].withColumn("side", F.lit(side)) for side in SIDES])
 
 
 def _union(frames: Sequence[DataFrame]) -> DataFrame:

@@ -99,13 +99,14 @@ class Changes:
 
 @dataclass(frozen=True)
 class Tonight:
-    """What a night starts from, whichever way it is done: `n_ratings` will be left, and it was
-    `started` by `time.perf_counter`."""
+    """What a night starts from, whichever way it is done: the model has `n_rows`, `n_ratings` will
+    be left, and it was `started` by `time.perf_counter`."""
 
     store: Store
     settings: Settings
     model: ModelVersion
     changes: Changes
+    n_rows: int
     n_ratings: int
     progress: Callable[[str], None]
     kind: str
@@ -267,7 +268,7 @@ def run_night(
     found: dict[str, Any] = publishing.together(
         {
             "changes": lambda: collect_changes(store, model, settings.execution.checkpoint),
-            "ratings": lambda: models.n_ratings(store, model),
+            "sizes": lambda: models.sizes(store, model),
         }
     )
     changes: Changes = found["changes"]
@@ -278,17 +279,18 @@ def run_night(
         f"{changes.n_requests} requests take {changes.n_removed} ratings out; "
         f"{changes.n_added} new or corrected ratings come in"
     )
-    n_ratings = found["ratings"] + changes.net
+    n_rows, n_before = found["sizes"]
+    n_ratings = n_before + changes.net
     if n_ratings <= 0:
         raise InputError(
             "these requests remove every rating of the model, which leaves nothing to publish; "
             "ingest other ratings first"
         )
-    tonight = Tonight(store, settings, model, changes, n_ratings, progress, kind, started)
+    tonight = Tonight(store, settings, model, changes, n_rows, n_ratings, progress, kind, started)
     # A night mostly waits, and a job that dies after this finds the same work again.
     deletion = ThreadPoolExecutor(1).submit(_delete_ratings, store, changes)
     night = None
-    if changes.are_large(found["ratings"]):
+    if changes.are_large(n_before):
         progress("these are many: sweeping everything from the published factors")
     else:
         night = Night(tonight)
@@ -393,21 +395,21 @@ class Night:
         self.version = publishing.next_version(model)
         # What this night reads it names by version: only its writes have to wait for this.
         self.bases = ThreadPoolExecutor(1).submit(restore, store, model)
-        published = dict(zip(SIDES, models.read_factors(store, model), strict=True))
-        together = publishing.together(
-            {side: partial(self._rows_tonight, side, published[side]) for side in SIDES}
+        self.published = dict(zip(SIDES, models.read_factors(store, model), strict=True))
+        self.touched: dict[str, DataFrame] = publishing.together(
+            {side: partial(self._touched, side) for side in SIDES}
         )
-        self.rows = {side: rows.where("n_ratings > 0") for side, rows in together.items()}
-        touched = {side: rows.where("delta IS NOT NULL") for side, rows in together.items()}
-        gram_changes: dict[str, Any] = dict.fromkeys(SIDES)
-        grams: dict[str, NDArray[np.float64]] = {}
-        if self.als.implicit_prefs:
-            for side, rows in together.items():
-                came = rows.where("is_new AND n_ratings > 0")
-                left = rows.where("NOT is_new AND n_ratings <= 0")
-                gram_changes[side] = gram_of(came, self.als.rank) - gram_of(left, self.als.rank)
-                grams[side] = gram_of(rows.where("NOT is_new"), self.als.rank)
-        slotted = self._kept(self._slotted(touched))
+        sizes = aggregates_of(
+            self.touched,
+            F.expr("count_if(is_new) - count_if(NOT is_new AND n_ratings <= 0)"),
+            F.coalesce(F.max("slot"), F.lit(0)),
+            F.collect_set("block"),
+        )
+        self.n_rows = tonight.n_rows + sum(sizes[side][0] for side in SIDES)
+        self.touched_blocks = {side: set(sizes[side][2]) for side in SIDES}
+        for side in SIDES:
+            self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][1] + 1)
+        slotted = self._kept(self._slotted())
         changed = [
             slotted.select(
                 F.lit(side).alias("side"),
@@ -423,19 +425,19 @@ class Night:
             for side in SIDES
         ]
         self.new_changes = changed[0].unionByName(changed[1])
-        sizes = aggregates_of(
-            together,
-            F.count_if(F.col("n_ratings") > 0),
-            F.coalesce(F.max("slot"), F.lit(0)),
-            F.collect_set(F.when(F.col("delta").isNotNull(), F.col("block"))),
-        )
-        self.n_rows = sum(sizes[side][0] for side in SIDES)
-        self.touched_blocks = {side: set(sizes[side][2]) for side in SIDES}
-        for side in SIDES:
-            self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][1] + 1)
+        self.rows = {side: self._rows(side) for side in SIDES}
+        gram_changes: dict[str, Any] = dict.fromkeys(SIDES)
+        grams: dict[str, NDArray[np.float64]] = {}
+        if self.als.implicit_prefs:
+            for side, rows in self.published.items():
+                left = self._named_rows(side).where("n_ratings <= 0")
+                gram_changes[side] = -gram_of(left, self.als.rank)
+                if self.changes.n_added:
+                    gram_changes[side] += gram_of(self._new_rows(side), self.als.rank)
+                grams[side] = gram_of(rows, self.als.rank)
         self.frontier = Frontier(
             solver=solver_of(self.als),
-            rows={side: r.select("slot", "n_ratings", "factors") for side, r in together.items()},
+            rows={side: self.rows[side].select("slot", "n_ratings", "factors") for side in SIDES},
             chunks=store.read(factors.RATING_BLOCKS, model.rating_blocks_version),
             settings=settings.unlearn,
             execution=settings.execution,
@@ -451,64 +453,76 @@ class Night:
     def _kept(self, frame: DataFrame) -> DataFrame:
         return materialise(frame, self.settings.execution.checkpoint)
 
-    def _rows_tonight(self, side: str, published: DataFrame) -> DataFrame:
-        """The published rows and the new ones, with `delta`: by how many ratings each changes."""
+    def _touched(self, side: str) -> DataFrame:
+        """Rows whose ratings change, new ones among them: id, block, slot, is_new, and as
+        `n_ratings` how many they have now; none where they leave."""
         deltas = self.changes.pairs.groupBy(F.col(f"{side}_id").alias("id")).agg(
             F.sum("change").alias("delta")
         )
-        rows = published.withColumn("is_new", F.lit(False))
+        published = self.published[side]
+        rows = published.select("id", "block", "slot", "n_ratings").join(F.broadcast(deltas), "id")
+        rows = rows.withColumn("is_new", F.lit(False))
         if self.changes.n_added:
-            rows = rows.unionByName(self._new_rows(side, published, deltas))
-        rows = rows.join(F.broadcast(deltas), "id", "left").withColumn(
-            "n_ratings", (F.col("n_ratings") + F.coalesce("delta", F.lit(0))).cast("int")
-        )
-        # A checkpoint, not a cache: the loop's plans would contain all of this every round.
-        return self._kept(rows)
+            unknown = deltas.where("delta > 0").join(published.select("id"), "id", "left_anti")
+            rows = rows.unionByName(self._placed(side, unknown))
+        n_ratings = (F.col("n_ratings") + F.col("delta")).cast("int")
+        return self._kept(rows.withColumn("n_ratings", n_ratings).drop("delta"))
 
-    def _new_rows(self, side: str, published: DataFrame, deltas: DataFrame) -> DataFrame:
-        """Rows for ids that the model does not know, placed after the others of their block."""
+    def _placed(self, side: str, unknown: DataFrame) -> DataFrame:
+        """Ids that the model does not know (id, delta), behind the other rows of their block."""
         n_blocks = self.layouts[side]["n_blocks"]
-        rank, seed, nonnegative = self.als.rank, self.als.seed, self.als.nonnegative
-        places = published.groupBy("block").agg(F.max("slot").alias("last"))
-        unknown = deltas.where("delta > 0").join(published.select("id"), "id", "left_anti")
-        unknown = unknown.select(
-            "id",
-            F.pmod(F.xxhash64("id"), F.lit(n_blocks)).cast("int").alias("block"),
-            F.xxhash64("id").alias("hash"),
-        )
+        places = self.published[side].groupBy("block").agg(F.max("slot").alias("last"))
+        unknown = unknown.withColumn("block", F.pmod(F.xxhash64("id"), F.lit(n_blocks)).cast("int"))
         order = F.row_number().over(Window.partitionBy("block").orderBy("id"))
-        placed = unknown.join(places, "block", "left").select(
+        last = F.coalesce(F.col("last"), F.col("block") - F.lit(n_blocks))
+        return unknown.join(places, "block", "left").select(
             "id",
             "block",
-            (F.coalesce(F.col("last"), F.col("block") - F.lit(n_blocks)) + order * F.lit(n_blocks))
-            .cast("int")
-            .alias("slot"),
-            "hash",
+            (last + order * F.lit(n_blocks)).cast("int").alias("slot"),
+            F.lit(0).alias("n_ratings"),
+            "delta",
+            F.lit(True).alias("is_new"),
         )
-        schema = published.schema
-        start = ", ".join(
-            f"{name} {schema[name].dataType.simpleString()}"
-            for name in ("id", "block", "slot", "n_ratings", "factors")
-        )
+
+    def _new_rows(self, side: str) -> DataFrame:
+        """The new rows of a side with the factors that they start from, in the columns of the
+        factor table."""
+        rank, seed, nonnegative = self.als.rank, self.als.seed, self.als.nonnegative
 
         def begin(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
             for batch in batches:
-                y = initial_factors(batch.column("hash").to_numpy(), rank, seed, side, nonnegative)
-                yield from pa.table(
-                    {
-                        **{name: batch.column(name) for name in ("id", "block", "slot")},
-                        "n_ratings": pa.array(np.zeros(len(y), np.int32)),
-                        "factors": list_column(y),
-                    }
-                ).to_batches()
+                hashes = batch.column("hash").to_numpy()
+                y = initial_factors(hashes, rank, seed, side, nonnegative)
+                columns = {name: batch.column(name) for name in batch.schema.names[:-1]}
+                yield from pa.table({**columns, "factors": list_column(y)}).to_batches()
 
-        return placed.mapInArrow(begin, start).withColumn("is_new", F.lit(True))
+        new = self.touched[side].where("is_new")
+        rows = new.select("id", "block", "slot", "n_ratings", F.xxhash64("id").alias("hash"))
+        schema = self.published[side].schema
+        names = (*rows.schema.names[:-1], "factors")
+        kinds = ", ".join(f"{name} {schema[name].dataType.simpleString()}" for name in names)
+        return rows.mapInArrow(begin, kinds)
 
-    def _slotted(self, touched: dict[str, DataFrame]) -> DataFrame:
+    def _rows(self, side: str) -> DataFrame:
+        """Published rows and the new ones, in the columns of the factor table, with as many ratings
+        as they have now; none where they leave. Not kept: most nights need a few columns or blocks
+        of it."""
+        now = self.touched[side].where("NOT is_new").select("slot", F.col("n_ratings").alias("now"))
+        rows = self.published[side].join(F.broadcast(now), "slot", "left")
+        rows = rows.withColumn("n_ratings", F.coalesce("now", "n_ratings"))
+        rows = rows.select("id", "block", "slot", "n_ratings", "factors")
+        return rows.unionByName(self._new_rows(side)) if self.changes.n_added else rows
+
+    def _named_rows(self, side: str) -> DataFrame:
+        """The rows that tonight's changes name, as `_rows` has them."""
+        blocks = self.rows[side].where(F.col("block").isin(sorted(self.touched_blocks[side])))
+        return blocks.join(F.broadcast(self.touched[side].select("slot")), "slot", "left_semi")
+
+    def _slotted(self) -> DataFrame:
         """Tonight's pairs by slot."""
         pairs = self.changes.pairs
         for side in SIDES:
-            names = touched[side].select(
+            names = self.touched[side].select(
                 F.col("id").alias(f"{side}_id"),
                 F.col("slot").alias(f"{side}_slot"),
             )
@@ -518,10 +532,11 @@ class Night:
     def work(self) -> bool:
         """Push, and run the loop; False where whole sweeps are the cheaper way."""
         frontier, store, model = self.frontier, self.store, self.model
-        changes = store.read(factors.RATING_CHANGES, model.rating_changes_version)
         frontier.open(
             store.read(factors.LEDGER, model.ledger_version),
-            changes.unionByName(self.new_changes),
+            store.read(factors.RATING_CHANGES, model.rating_changes_version),
+            self.new_changes,
+            {side: self._named_rows(side) for side in SIDES},
             self.version,
             self.gram_changes,
         )
@@ -535,10 +550,14 @@ class Night:
         }
         return True
 
+    def _present(self, side: str) -> DataFrame:
+        """The rows that have ratings."""
+        return self.rows[side].where("n_ratings > 0")
+
     def factors(self) -> tuple[DataFrame, DataFrame]:
         """User and item factors (id, factors) as they are now."""
         users, items = (
-            self.frontier.current(side, self.rows[side].select("id", "slot", "factors"))
+            self.frontier.current(side, self._present(side).select("id", "slot", "factors"))
             for side in SIDES
         )
         return users, items
@@ -607,7 +626,7 @@ class Night:
         writes: dict[str, Callable[[], int]] = {}
         identities = []
         for side in SIDES:
-            rows = self.rows[side].select("id", "block", "slot", "n_ratings", "factors")
+            rows = self._present(side)
             identities.append(
                 rows.withColumn("side", F.lit(side)).select(
                     "side", "slot", F.col("id").cast("string").alias("id")
