@@ -177,7 +177,9 @@ def main(
             job("ingest_ratings", root, "--input", source, "--format", "parquet")
         else:
             job("ingest_ratings", root, "--input", path, "--format", "movielens")
-        trained = job("train", root, sets=sets)
+        with common.PeakMemory() as training_memory:
+            trained = job("train", root, sets=sets)
+        click.echo({**trained, "gib": training_memory.gib}, err=True)
         everybody = users_of(spark, root)
         for turn in range(repeat):
             for amount in amounts:
@@ -189,7 +191,8 @@ def main(
                     asked = requests(folder / "requests.csv", some)
                     job("ingest_tombstones", copy, "--input", str(asked))
                     before = reading.total()
-                    night = job("unlearn", copy, sets=(f"unlearn.direct_rows={direct}",))
+                    with common.PeakMemory() as memory:
+                        night = job("unlearn", copy, sets=(f"unlearn.direct_rows={direct}",))
                     after = reading.total()
                     raw.append(
                         {
@@ -198,8 +201,10 @@ def main(
                             "direct_rows": direct,
                             "night": night,
                             "bytes_read": sum(after[s] for s in after.keys() - before.keys()),
+                            "gib": memory.gib,
+                            "training": trained,
+                            "training_gib": training_memory.gib,
                             "training_seconds": trained["seconds"],
-                            "training_sweeps": trained["sweeps"],
                         }
                     )
                     click.echo(raw[-1], err=True)
