@@ -44,7 +44,7 @@ def job(name: str, root: Path, *arguments: str, sets: tuple[str, ...] = ()) -> d
 
 
 class BytesRead:
-    """Bytes that Spark's tasks read from files, from the status store of a classic session."""
+    """Bytes that Spark's tasks read from files and caches (classic sessions only)."""
 
     def __init__(self, spark: Any) -> None:
         self.jvm = spark.sparkContext._jvm
