@@ -20,7 +20,6 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from unlearn_spark.config import AlsSettings
 
 
 def sweep_seconds(cores: int, users: int, items: int, ratings: int, rank: int) -> float:
@@ -30,7 +29,7 @@ def sweep_seconds(cores: int, users: int, items: int, ratings: int, rank: int) -
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     spark = common.session(**{"spark.master": f"local[{cores}]"})
     frame = common.generated(spark, users, items, ratings)
-    als = AlsSettings(rank=rank, reg_param=0.05, max_sweeps=8, tol=1e-12)
+    als = common.als_settings(rank, False, max_sweeps=8, tol=1e-12)
     for _ in range(2):
         fitted = fit_factors(frame, als)
         history = fitted.summary.history

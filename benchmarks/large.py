@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from unlearn_spark.als.training import fit_factors
-from unlearn_spark.config import AlsSettings
 
 SHAPES = (
     (48_000, 10_700, 3_000_000),
@@ -47,7 +46,7 @@ def main(rank: int, sweeps: int, largest: int) -> None:
         if ratings > largest:
             continue
         frame = common.generated(spark, users, items, ratings)
-        als = AlsSettings(rank=rank, reg_param=0.05, max_sweeps=sweeps, tol=1e-12)
+        als = common.als_settings(rank, False, max_sweeps=sweeps, tol=1e-12)
         with common.PeakMemory() as memory:
             started = time.perf_counter()
             fitted = fit_factors(frame, als)

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from unlearn_spark.als.training import fit_factors
-from unlearn_spark.config import AlsSettings
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -55,7 +54,7 @@ def main(users: int, items: int, ratings: int, rank: int, rounds: int) -> None:
         "as generated": plain,
         "with both": with_hot_rows(plain, ratings // 50, min(20_000, items)),
     }
-    als = AlsSettings(rank=rank, reg_param=0.05, max_sweeps=4, tol=1e-12)
+    als = common.als_settings(rank, False, max_sweeps=4, tol=1e-12)
     raw: dict[str, list[dict[str, Any]]] = {name: [] for name in frames}
     for _ in range(rounds):
         for name, frame in frames.items():

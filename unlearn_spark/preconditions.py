@@ -15,14 +15,23 @@ def require_package(module: str, distribution: str, purpose: str) -> None:
         raise UserError(f"{purpose} needs {distribution}; pip install 'unlearn-spark[evaluation]'")
 
 
+def is_remote(path: str) -> bool:
+    """Is this a place that only Spark can look at?"""
+    return "://" in path or path.startswith(("dbfs:", "/Volumes/"))
+
+
+def nearest_existing(path: Path) -> Path:
+    """A local path itself, or the first of its parents that is there."""
+    return next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+
+
 def require_creatable(option: str, path: str) -> None:
     """Raise InputError where nothing can be created at a local path that an option names.
 
     Missing parents are no hindrance; whether something is there already is the caller's question.
     """
     target = Path(path).absolute()
-    existing = next(p for p in (target, *target.parents) if os.path.exists(p))
-    folder = existing.parent if existing == target and not existing.is_dir() else existing
+    folder = nearest_existing(target if target.is_dir() else target.parent)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{option} {path}: {folder} is no writable directory; name another")
 

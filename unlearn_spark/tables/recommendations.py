@@ -21,7 +21,7 @@ from pyspark.sql.types import (
 )
 
 from unlearn_spark.errors import InputError
-from unlearn_spark.preconditions import require_creatable
+from unlearn_spark.preconditions import is_remote, require_creatable
 from unlearn_spark.tables.store import TableSpec
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def check_export(path: str) -> None:
     InputError
         A local path exists already, unless it is a Delta table, or cannot be created.
     """
-    if "://" in path or path.startswith(("dbfs:", "/Volumes/")):
+    if is_remote(path):
         return
     target = Path(path)
     if os.path.exists(target) and not (target.suffix == "" and (target / "_delta_log").is_dir()):

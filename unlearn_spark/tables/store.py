@@ -18,6 +18,7 @@ from pyspark.sql import functions as F
 
 from unlearn_spark.config import Settings
 from unlearn_spark.errors import ConflictError, InputError, SettingsError, TableMissingError
+from unlearn_spark.preconditions import is_remote, nearest_existing
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -96,10 +97,9 @@ def check_root(settings: Settings) -> None:
         raise SettingsError(
             "no place for the tables: give --root DIR, or root or catalog in --conf"
         )
-    if "://" in settings.root or settings.root.startswith(("dbfs:", "/Volumes/")):
+    if is_remote(settings.root):
         return
-    path = Path(settings.root)
-    existing = next((p for p in [path, *path.absolute().parents] if os.path.exists(p)), Path("/"))
+    existing = nearest_existing(Path(settings.root))
     if not existing.is_dir():
         raise SettingsError(f"--root {settings.root}: {existing} is a file; name a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
