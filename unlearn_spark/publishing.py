@@ -39,7 +39,6 @@ def together(tasks: Mapping[str, Callable[[], T]]) -> dict[str, T]:
 def write_whole_model(
     store: Store,
     rows: Mapping[str, DataFrame],
-    n_rows: int,
     chunks: DataFrame,
     more: Mapping[str, Callable[[], int]] | None = None,
 ) -> dict[str, int]:
@@ -49,8 +48,6 @@ def write_whole_model(
     ----------
     rows
         By side: id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm, factors.
-    n_rows
-        Of both sides.
     chunks
         Packed ratings of both sides.
     more
@@ -68,7 +65,7 @@ def write_whole_model(
         {
             "user_factors_version": lambda: factors.write_factors(store, "user", rows["user"]),
             "item_factors_version": lambda: factors.write_factors(store, "item", rows["item"]),
-            "ledger_version": lambda: factors.write_ledger(store, ledger, n_rows),
+            "ledger_version": lambda: factors.write_ledger(store, ledger),
             "rating_blocks_version": lambda: factors.write_rating_blocks(store, chunks),
             "rating_changes_version": lambda: factors.clear_rating_changes(store),
             **(more or {}),
@@ -123,9 +120,7 @@ def publish_fit(
     """
     summary, layouts = fitted.summary, fitted.encoded.layouts
     tau = als.tol if tau is None else tau
-    written = write_whole_model(
-        store, fitted.rows, summary.users + summary.items, chunks_of(fitted.encoded), writes
-    )
+    written = write_whole_model(store, fitted.rows, chunks_of(fitted.encoded), writes)
     metrics = {
         "users": summary.users,
         "items": summary.items,

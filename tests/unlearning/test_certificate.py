@@ -265,7 +265,7 @@ def test_a_ledger_bound_below_the_residual_fails_the_job(trained, run_job):
             head,
             model_version=head.model_version + 1,
             parent=head.model_version,
-            ledger_version=factors.write_ledger(trained, lowered, lowered.count()),
+            ledger_version=factors.write_ledger(trained, lowered),
         ),
     )
     result = run_job("audit", "--root", trained.root)

@@ -1,12 +1,13 @@
 """Nights of deletions and updates on real tables, each checked by the independent scan."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from unlearn_spark.tables import models, ratings, receipts
-from unlearn_spark.unlearning import night as night_module
+from unlearn_spark.unlearning import changes as changes_module
 
 TAU = 2e-2
 COMMON = ["als.rank=4", "als.reg_param=0.1", "als.tol=5e-3", "als.alpha=2.0", f"unlearn.tau={TAU}"]
@@ -45,8 +46,8 @@ def requests(path, rows):
     return write(path, header, [(*row, 1_700_000_000) for row in rows])
 
 
-def files_by_block(store, version):
-    rows = store.read("user_factors", version).selectExpr("block", "_metadata.file_name AS file")
+def files_by_block(store, version, table="user_factors"):
+    rows = store.read(table, version).selectExpr("block", "_metadata.file_name AS file")
     return {(row.block, row.file) for row in rows.distinct().collect()}
 
 
@@ -150,7 +151,7 @@ def test_a_first_night_that_sweeps_everything(store, nights, tmp_path):
 
 @pytest.mark.slow
 def test_a_large_night_is_swept_at_once(store, nights, tmp_path, monkeypatch):
-    monkeypatch.setattr(night_module, "LARGE_CHANGES", 100)
+    monkeypatch.setattr(changes_module, "LARGE_CHANGES", 100)
     rows = list(data_set(8))
     trained(nights, tmp_path, rows)
     asked = [(f"m{n}", "user", f"u{n}", "", "", "") for n in range(5, 20)]
@@ -175,6 +176,46 @@ def test_a_large_night_is_swept_at_once(store, nights, tmp_path, monkeypatch):
     nights("ingest_tombstones", "--input", requests(tmp_path / "t2.csv", asked))
     assert nights("unlearn")["rounds"] > 0
     assert nights("audit")["holds"]
+
+
+@pytest.mark.slow
+def test_a_night_that_solves_nothing_replaces_the_ledger_of_its_blocks_alone(
+    store, nights, tmp_path
+):
+    rows = list(data_set(9))
+    low = 1e-3
+    sets = ["als.user_blocks=16", "als.item_blocks=16", f"als.tol={low / 10}"]
+    trained(nights, tmp_path, rows, sets)
+
+    def forget(request, row, tau):
+        asked = [(request, "rating", *row[:2], "", "")]
+        nights("ingest_tombstones", "--input", requests(tmp_path / f"{request}.csv", asked))
+        night = nights("unlearn", sets=["unlearn.direct_rows=threshold", f"unlearn.tau={tau}"])
+        audit = nights("audit")
+        assert (audit["holds"], audit["ledger_holds"]) == (True, True)
+        largest = max(audit["max_residual"].values())
+        assert largest <= night["max_residual"] <= tau
+        return night
+
+    # Bounds over tau: every block is opened, and written.
+    first = files_by_block(store, models.published(store).ledger_version, "ledger")
+    assert forget("tight", rows[0], low)["rounds"] > 0
+    tight = files_by_block(store, models.published(store).ledger_version, "ledger")
+    assert first.isdisjoint(tight)
+
+    # So loose that none gets over it, the changes of the first night among them.
+    assert forget("loose", rows[1], 0.9)["rounds"] == 0
+    quiet = models.published(store)
+    loose = files_by_block(store, quiet.ledger_version, "ledger")
+    assert len(loose) == len(tight)
+    assert len(loose - tight) == 2
+    sizes = models.sizes(store, quiet)
+    assert sizes == models.sizes(store, replace(quiet, metrics={}))
+    assert sizes.ratings == len(rows) - 2
+
+    # A lower tau than the version promises: an entry over it may lie anywhere.
+    assert quiet.certificate["max_residual"] > low
+    assert forget("lower", rows[2], low)["rounds"] > 0
 
 
 def receipts_of(store):

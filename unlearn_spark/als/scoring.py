@@ -26,11 +26,11 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from unlearn_spark.als.spark import arrays_of, balanced_keys, binary_table, matrix_of
+from unlearn_spark.als.spark import arrays_of, balanced_keys, binary_table, block_of, matrix_of
 from unlearn_spark.errors import InputError
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+    from pyspark.sql import DataFrame
 
 QUERY_ROWS = 4096
 """Query rows of one block."""
@@ -186,8 +186,8 @@ def top_n(
             pairs = pairs.join(F.broadcast(asked), "query_id", "left_semi")
         pairs = pairs.withColumns(
             {
-                "query_block": _block_of("query_id", n_query_blocks),
-                "block": _block_of("candidate_id", n_blocks),
+                "query_block": block_of("query_id", n_query_blocks),
+                "block": block_of("candidate_id", n_blocks),
             }
         )
         parts = (
@@ -204,10 +204,6 @@ def _result_type(query_type: DataType, candidate_type: DataType) -> StructType:
     return StructType(
         [StructField("id", query_type), StructField("recommendations", ArrayType(one))]
     )
-
-
-def _block_of(column: str, n_blocks: int) -> Column:
-    return F.pmod(F.xxhash64(column), F.lit(n_blocks)).cast("int")
 
 
 def _packed(rows: DataFrame, n_blocks: int) -> DataFrame:
@@ -229,7 +225,7 @@ def _packed(rows: DataFrame, n_blocks: int) -> DataFrame:
             block=pa.int32(),
         )
 
-    blocks = rows.withColumn("block", _block_of("id", n_blocks))
+    blocks = rows.withColumn("block", block_of("id", n_blocks))
     return blocks.groupBy("block").applyInArrow(pack, _BLOCK_SCHEMA)
 
 

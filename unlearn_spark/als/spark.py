@@ -213,6 +213,11 @@ def part_key(slot: str, keys: Sequence[int]) -> Column:
     return F.expr(f"element_at(array({', '.join(map(str, keys))}), {slot} % {len(keys)} + 1)")
 
 
+def block_of(id: str, n_blocks: int) -> Column:
+    """The storage block of ids (a column of the type that they are stored in)."""
+    return F.pmod(F.xxhash64(id), F.lit(n_blocks)).cast("int")
+
+
 def materialise(frame: DataFrame, how: str) -> DataFrame:
     """Compute a frame once and keep it.
 

@@ -25,6 +25,8 @@ from pyspark.sql.types import (
 from unlearn_spark.tables.store import TableSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from pyspark.sql import DataFrame
 
     from unlearn_spark.tables.store import Store
@@ -33,7 +35,6 @@ LEDGER = "ledger"
 RATING_BLOCKS = "rating_blocks"
 RATING_CHANGES = "rating_changes"
 
-ROWS_PER_LEDGER_FILE = 1_000_000
 CHUNKS_PER_FILE = 16
 """4 MB: a file is the least that is read to see the ratings of one row."""
 
@@ -75,8 +76,8 @@ LEDGER_SPEC = TableSpec(
         ("factor_norm", DoubleType()),
         ("drift_mark", DoubleType()),
     ),
-    partition_by=("side",),
-    skipping=("block", "slot"),
+    partition_by=("side", "block"),
+    skipping=("slot",),
 )
 """bound >= ||A x - b|| / ||b|| of the row. `gradient_norm` is an upper bound of the numerator,
 `b_norm` a lower bound of the denominator. `drift_mark` is the drift of the other side's Gram matrix
@@ -159,16 +160,26 @@ def ledger_rows(rows: DataFrame, side: str) -> DataFrame:
     )
 
 
-def write_ledger(store: Store, rows: DataFrame, n_rows: int) -> int:
-    """Replace the ledger by these entries.
-
-    It is written whole: a moved row changes the entries of its neighbours, wherever they are.
-    """
+def write_ledger(store: Store, rows: DataFrame) -> int:
+    """Replace the ledger by these entries."""
     store.create(LEDGER, LEDGER_SPEC)
-    files = -(-n_rows // ROWS_PER_LEDGER_FILE)
-    rows = rows.select(*LEDGER_SPEC.schema.names)
-    placed = rows.repartition(2 * files, "side", F.pmod("block", F.lit(files)))
-    return store.overwrite(LEDGER, placed.sortWithinPartitions("side", "block", "slot"))
+    return store.overwrite(LEDGER, _placed_entries(rows))
+
+
+def replace_ledger_blocks(
+    store: Store, rows: DataFrame, blocks: Mapping[str, Collection[int]]
+) -> int:
+    """Replace the entries of the named blocks of each side by `rows`."""
+    listed = [
+        f"(side = '{side}' AND block IN ({', '.join(map(str, sorted(numbers)))}))"
+        for side, numbers in blocks.items()
+        if numbers
+    ]
+    return store.replace_where(LEDGER, _placed_entries(rows), " OR ".join(listed))
+
+
+def _placed_entries(rows: DataFrame) -> DataFrame:
+    return _placed(rows.select(*LEDGER_SPEC.schema.names), "side", "block", within="slot")
 
 
 def write_rating_blocks(store: Store, chunks: DataFrame) -> int:

@@ -116,6 +116,20 @@ class ModelVersion:
         return tuple(values[f.name] for f in SPEC.schema.fields)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of a version, and the ratings that it was fitted to."""
+
+    users: int
+    items: int
+    ratings: int
+
+    @property
+    def rows(self) -> int:
+        """Of both sides."""
+        return self.users + self.items
+
+
 def versions(store: Store) -> list[ModelVersion]:
     """All published versions, oldest first."""
     rows = store.read(TABLE).orderBy("model_version").collect()
@@ -191,14 +205,14 @@ def read_factors(store: Store, model: ModelVersion) -> tuple[DataFrame, DataFram
     )
 
 
-def sizes(store: Store, model: ModelVersion) -> tuple[int, int]:
-    """How many rows a version has, of both sides, and how many ratings it was fitted to."""
-    users, items = read_factors(store, model)
-    row = (
-        users.select("n_ratings")
-        .unionByName(items.select("n_ratings"))
-        .agg(F.count(F.lit(1)), F.coalesce(F.sum("n_ratings"), F.lit(0)))
-        .first()
+def sizes(store: Store, model: ModelVersion) -> Sizes:
+    """How large a version is: as its metrics say, else counted."""
+    if all(field.name in model.metrics for field in fields(Sizes)):
+        return Sizes(**{field.name: int(model.metrics[field.name]) for field in fields(Sizes)})
+    users, items = (
+        rows.agg(F.count(F.lit(1)).alias("n"), F.sum("n_ratings").alias("ratings"))
+        for rows in read_factors(store, model)
     )
+    row = users.crossJoin(items.select(F.col("n").alias("items"))).first()
     assert row is not None
-    return int(row[0]), int(row[1]) // 2  # either side counts every rating
+    return Sizes(row["n"], row["items"], row["ratings"] or 0)

@@ -84,6 +84,8 @@ NEEDED = "side string, page int, key int, slots binary"
 MESSAGES = "side string, key int, slots binary, factors binary"
 """The answer."""
 
+NO_MESSAGES = _table_of(MESSAGES, [])
+
 RESULTS = (
     "side string, page int, slots binary, factors binary, gradient_norm binary, b_norm binary, "
     "factor_norm binary, solved binary, push_slots binary, push_gradient binary, push_b binary, "

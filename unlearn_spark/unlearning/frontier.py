@@ -101,8 +101,8 @@ class Frontier:
     solver
         Objective, rank and precision.
     rows
-        By side: slot, n_ratings, factors - as published, and new rows. Those that left have no
-        ratings. Read when it is needed, and only the columns that are.
+        By side: block, slot, n_ratings, factors - as published, and new rows. Those that left have
+        no ratings. Read when it is needed, and only the columns that are.
     chunks
         Packed ratings of both sides (`encoding.CHUNK_SCHEMA`).
     n_blocks
@@ -111,6 +111,10 @@ class Frontier:
         Sweeps that the model's training took; 0 where that is not known.
     pages
         The ledger of both sides (`exchange.PAGES`); after every step true bounds.
+    near
+        By side the blocks whose entries `pages` has; None: all.
+    ledger, changes
+        Of the published model, and with tonight's.
     stock
         The factors of `rows` (`exchange.STOCK`), from the first round on: a night without rounds
         reads few of them.
@@ -131,7 +135,10 @@ class Frontier:
     grams: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     rounds: int = 0
     pages: DataFrame = field(init=False)
+    near: Mapping[str, Collection[int]] | None = field(init=False, default=None)
     stock: DataFrame | None = field(init=False, default=None)
+    ledger: DataFrame = field(init=False)
+    changes: DataFrame = field(init=False)
     results: list[DataFrame] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -214,16 +221,17 @@ class Frontier:
         named: Mapping[str, DataFrame],
         tonight: int,
         gram_changes: Mapping[str, NDArray[np.float64] | None],
+        near: Mapping[str, Collection[int]] | None = None,
     ) -> None:
         """Make the pages from the published ledger, and put tonight's ratings into it.
 
         Parameters
         ----------
         ledger
-            side, slot, chunk, gradient_norm, b_norm, factor_norm; of rows that left as well.
+            side, block, slot, chunk, gradient_norm, b_norm, factor_norm; of rows that left as well.
         earlier, news
-            side, slot, other_slot, value, change (-1 removed, +1 added), model_version: changes
-            since the chunks were packed, and tonight's.
+            side, block, slot, other_slot, value, change (-1 removed, +1 added), model_version:
+            changes since the chunks were packed, and tonight's.
         named
             By side: slot, factors of all rows that tonight's changes name.
         tonight
@@ -231,6 +239,9 @@ class Frontier:
         gram_changes
             By side: float64 (rank, rank) change of its Gram matrix because rows left or came;
             None in explicit mode.
+        near
+            By side the blocks of these rows, where the other blocks need not be opened before a
+            round starts: none of their bounds exceeds tau, and no Gram matrix changed.
         """
         page = part_key("slot", self.page_keys).alias("page")
         drifts = {s: drift(m) if m is not None else 0.0 for s, m in gram_changes.items()}
@@ -239,27 +250,47 @@ class Frontier:
             .groupBy("page")
             .applyInArrow(exchange.change_need_finder(self.page_keys), exchange.NEEDED)
         )
-        states = _union(
-            [
-                _sides(self.rows).where("n_ratings > 0").select("side", page, "slot", "n_ratings"),
-                ledger.select(
-                    "side", page, "slot", "chunk", "gradient_norm", "b_norm", "factor_norm"
-                ),
-                earlier.unionByName(news).select(
-                    "side", page, "slot", "other_slot", "value", "change", "model_version"
-                ),
-            ],
-        )
         force = self.settings.direct_rows == "resolve"
         opener = exchange.page_opener(self.solver, tonight, drifts, force, self._levels)
+        self.ledger, self.changes = ledger, earlier.unionByName(news)
+        self.near = near
         self.pages = self._checkpoint(
-            states.groupBy("page")
+            self._states(_in_blocks(near))
+            .groupBy("page")
             .cogroup(self._fetched(needed, self._packed(named)).groupBy("key"))
             .applyInArrow(opener, exchange.PAGES)
         )
         for side, change in gram_changes.items():
             if change is not None:
                 self.grams[side] = change + self.grams[side]
+
+    def _open_the_others(self) -> None:
+        """Add the entries of the blocks that were left closed. Tonight's ratings are not theirs."""
+        opener = exchange.page_opener(
+            self.solver, 0, dict.fromkeys(SIDES, 0.0), False, self._levels
+        )
+        others = (
+            self._states(~_in_blocks(self.near))
+            .groupBy("page")
+            .applyInArrow(lambda state: opener(state, exchange.NO_MESSAGES), exchange.PAGES)
+        )
+        self.near = None
+        self.pages = self.pages.unionByName(self._checkpoint(others))
+
+    def _states(self, where: Column) -> DataFrame:
+        """Rows, entries and changes in some blocks, by page; they are told apart by what they
+        lack."""
+        page = part_key("slot", self.page_keys).alias("page")
+        rows = _sides(self.rows).where("n_ratings > 0")
+        norms = ("gradient_norm", "b_norm", "factor_norm")
+        changed = ("other_slot", "value", "change", "model_version")
+        return _union(
+            [
+                rows.where(where).select("side", page, "slot", "n_ratings"),
+                self.ledger.where(where).select("side", page, "slot", "chunk", *norms),
+                self.changes.where(where).select("side", page, "slot", *changed),
+            ]
+        )
 
     def run(self) -> dict[str, Summary] | None:
         """Rounds until no bound exceeds tau; returns how the sides stand then, or None when the
@@ -276,6 +307,9 @@ class Frontier:
             over = {side: state[side].over for side in SIDES if state[side].over}
             if not over:
                 return state
+            if self.near is not None:
+                self._open_the_others()
+                continue
             if self.rounds >= self.settings.max_rounds or self.work.sweeps > most_work:
                 return None
             self.resolve(self._patch(state), state, over)
@@ -418,6 +452,16 @@ def _sides(frames: Mapping[str, DataFrame]) -> DataFrame:
 def _union(frames: Sequence[DataFrame]) -> DataFrame:
     """All rows, with nulls for the columns that a frame lacks."""
     return reduce(lambda left, right: left.unionByName(right, allowMissingColumns=True), frames)
+
+
+def _in_blocks(blocks: Mapping[str, Collection[int]] | None) -> Column:
+    """Is a row (side, block) in one of these, in a form by which files are skipped?"""
+    if blocks is None:
+        return F.lit(True)
+    return reduce(
+        lambda left, right: left | right,
+        [(F.col("side") == side) & F.col("block").isin(sorted(blocks[side])) for side in SIDES],
+    )
 
 
 def _at(places: Places | None) -> Column:

@@ -1,15 +1,11 @@
-"""One night's work: from pending requests and new ratings to the next published version.
-
-What changes is computed from the ratings version that the published model names, never from the
-newest: a job that died after deleting rows finds the same work again.
-"""
+"""One night's work: from pending requests and new ratings to the next published version."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +19,7 @@ from unlearn_spark import publishing
 from unlearn_spark.als.blocks import SIDES, other_side
 from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.spark import (
+    block_of,
     gram_of,
     list_column,
     materialise,
@@ -30,8 +27,9 @@ from unlearn_spark.als.spark import (
 )
 from unlearn_spark.als.training import aggregates_of, fit_factors, solver_of
 from unlearn_spark.errors import ConflictError, InputError
-from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
-from unlearn_spark.unlearning import requests
+from unlearn_spark.tables import factors, models, ratings, receipts
+from unlearn_spark.tables.models import Sizes
+from unlearn_spark.unlearning.changes import Changes, collect_changes
 from unlearn_spark.unlearning.frontier import Frontier, Work
 
 if TYPE_CHECKING:
@@ -46,67 +44,20 @@ if TYPE_CHECKING:
 MODEL_TABLES = ("user_factors", "item_factors", "ledger", "rating_blocks", "rating_changes")
 """Those that a model version replaces or changes."""
 
-LARGE_SHARE, LARGE_CHANGES = 0.05, 250_000
-"""A night that changes so many ratings, and this share of all, sweeps everything at once: to put
-the changes into the ledger would take longer than to encode the ratings anew."""
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What a night has to do.
-
-    Attributes
-    ----------
-    pending
-        Requests without a receipt.
-    removed
-        user_id, item_id, request_id: one row for each rating and request, in the model or not.
-    pairs
-        user_id, item_id, value, change (-1 leaves the model, +1 enters it).
-    n_removed, n_added
-        Ratings that requests take out of the model, and new or corrected ones.
-    net
-        By how many ratings the model grows.
-    ratings_version, ingest_id, tombstones_version
-        The state of the tables that this was computed from.
-    """
-
-    pending: DataFrame | None
-    removed: DataFrame | None
-    pairs: DataFrame
-    n_requests: int
-    n_removed: int
-    n_added: int
-    net: int
-    ratings_version: int
-    ingest_id: int
-    tombstones_version: int | None
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """Of the job's JSON."""
-        return {
-            "requests": self.n_requests,
-            "ratings_removed": self.n_removed,
-            "ratings_added": self.n_added,
-        }
-
-    def are_large(self, n_ratings: int) -> bool:
-        """Is sweeping everything the quicker way for a model of so many ratings?"""
-        n_changes = self.n_removed + self.n_added
-        return n_changes >= max(LARGE_CHANGES, LARGE_SHARE * n_ratings)
+NEAR_SHARE = 0.5
+"""Of all rows: a night whose changes lie in blocks with more opens the whole ledger at once."""
 
 
 @dataclass(frozen=True)
 class Tonight:
-    """What a night starts from, whichever way it is done: the model has `n_rows`, `n_ratings` will
-    be left, and it was `started` by `time.perf_counter`."""
+    """What a night starts from, whichever way it is done: the published model is of these `sizes`,
+    `n_ratings` will be left, and it was `started` by `time.perf_counter`."""
 
     store: Store
     settings: Settings
     model: ModelVersion
     changes: Changes
-    n_rows: int
+    sizes: Sizes
     n_ratings: int
     progress: Callable[[str], None]
     kind: str
@@ -124,120 +75,6 @@ class Tonight:
             "training_sweeps": self.model.training_sweeps,
             "seconds": time.perf_counter() - self.started,
         }
-
-
-def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Changes:
-    """Pending requests, the ratings that they take out of the model, and the new ratings.
-
-    Reads the user blocks that the requests name, and all of the ratings only for a request that
-    names an item.
-    """
-    if model.ratings_version is None:
-        raise InputError(f"model version {model.model_version} names no ratings; train it here")
-    heads = publishing.together(
-        {
-            "ratings": lambda: store.version(ratings.TABLE),
-            "tombstones": lambda: tombstones.version(store),
-        }
-    )
-    ratings_version, tombstones_version = heads["ratings"], heads["tombstones"]
-    assert ratings_version is not None
-    seen = ingest_id = model.ratings_ingest_id or 0
-    every = pending = removed = None
-    scopes: dict[str, int] = {}
-    if tombstones_version is not None:
-        every = tombstones.read(store, tombstones_version)
-        pending = requests.effective(every)
-        done = receipts.read(store, model)
-        if done is not None:
-            pending = pending.join(done.select("request_id"), "request_id", "left_anti")
-        pending = materialise(pending, checkpoint)
-        scopes = dict(pending.groupBy("scope").count().toLocalIterator())
-    n_requests = sum(scopes.values())
-
-    def with_known(rows: DataFrame) -> DataFrame:
-        """Rows of the published ratings with `known`: was the model fitted to it?"""
-        fitted = F.col("ingest_id") <= seen
-        if model.tombstones_version is not None:
-            earlier = tombstones.read(store, model.tombstones_version)
-            rows = requests.with_requests(rows, earlier, guard=True)
-            fitted = fitted & (F.size("request_ids") == 0)
-        return rows.withColumn("known", fitted)
-
-    leaving = None
-    if pending is not None and n_requests:
-        columns = ["user_id", "item_id", "rating", "asked", "known"]
-        by_item = "item" in scopes
-        before = _covered(store, pending, by_item, model.ratings_version)
-        found = with_known(before).select(columns)
-        if ratings_version != model.ratings_version:
-            # Also what a job that died after deleting has left, and what was ingested since.
-            now = _covered(store, pending, by_item, ratings_version)
-            now = now.withColumn("known", F.lit(False))
-            found = found.unionByName(now.select(columns))
-        found = materialise(found, checkpoint)
-        removed = found.select(
-            "user_id", "item_id", F.explode("asked").alias("request_id")
-        ).distinct()
-        leaving = found.where("known").select("user_id", "item_id", "rating")
-
-    pairs = _changed(leaving, -1) if leaving is not None else None
-    if ratings_version != model.ratings_version:
-        added = ratings.since(store, seen, ratings_version)
-        newest = added.agg(F.max("ingest_id")).first()
-        ingest_id = max(seen, newest[0] or 0) if newest is not None else seen
-        if every is not None:
-            added = requests.retained(added, every)
-        if removed is not None:
-            gone = removed.select("user_id", "item_id").distinct()
-            added = added.join(gone, ["user_id", "item_id"], "left_anti")
-        added = materialise(added.select("user_id", "item_id", "rating"), checkpoint)
-        names = added.select("user_id", "item_id")
-        replaced = with_known(ratings.covering(store, names, model.ratings_version))
-        replaced = replaced.where("known").select("user_id", "item_id", "rating")
-        if leaving is not None:
-            replaced = replaced.join(
-                leaving.select("user_id", "item_id"), ["user_id", "item_id"], "left_anti"
-            )
-        news = _changed(replaced, -1).unionByName(_changed(added, 1))
-        pairs = materialise(news if pairs is None else pairs.unionByName(news), checkpoint)
-    if pairs is None:
-        nothing = ratings.read(store, ratings_version).limit(0)
-        pairs = _changed(nothing.select("user_id", "item_id", "rating"), 1)
-    counts: dict[int, int] = dict(pairs.groupBy("change").count().toLocalIterator())
-    n_removed = counts.get(-1, 0)
-    if leaving is not None and ratings_version != model.ratings_version:
-        n_removed = leaving.count()  # the others are old values of corrected ratings
-    return Changes(
-        pending,
-        removed,
-        pairs,
-        n_requests,
-        n_removed,
-        counts.get(1, 0),
-        counts.get(1, 0) - counts.get(-1, 0),
-        ratings_version,
-        ingest_id,
-        tombstones_version,
-    )
-
-
-def _covered(store: Store, pending: DataFrame, by_item: bool, version: int) -> DataFrame:
-    """The ratings of a version that requests cover, with `asked`: the requests.
-
-    `by_item`: there are requests that name an item, so that every user's ratings must be read.
-    """
-    of_users = pending.where("scope != 'item'").select("user_id")
-    rows = ratings.covering(store, of_users, version)
-    if by_item:
-        of_items = pending.where("scope = 'item'").select("item_id")
-        rows = rows.unionByName(ratings.covering(store, of_items, version)).distinct()
-    marked = requests.with_requests(rows, pending, guard=False)
-    return marked.where(F.size("request_ids") > 0).withColumnRenamed("request_ids", "asked")
-
-
-def _changed(rows: DataFrame, change: int) -> DataFrame:
-    return rows.withColumnRenamed("rating", "value").withColumn("change", F.lit(change))
 
 
 def run_night(
@@ -279,18 +116,18 @@ def run_night(
         f"{changes.n_requests} requests take {changes.n_removed} ratings out; "
         f"{changes.n_added} new or corrected ratings come in"
     )
-    n_rows, n_before = found["sizes"]
-    n_ratings = n_before + changes.net
+    sizes: Sizes = found["sizes"]
+    n_ratings = sizes.ratings + changes.net
     if n_ratings <= 0:
         raise InputError(
             "these requests remove every rating of the model, which leaves nothing to publish; "
             "ingest other ratings first"
         )
-    tonight = Tonight(store, settings, model, changes, n_rows, n_ratings, progress, kind, started)
+    tonight = Tonight(store, settings, model, changes, sizes, n_ratings, progress, kind, started)
     # A night mostly waits, and a job that dies after this finds the same work again.
     deletion = ThreadPoolExecutor(1).submit(_delete_ratings, store, changes)
     night = None
-    if changes.are_large(n_before):
+    if changes.are_large(sizes.ratings):
         progress("these are many: sweeping everything from the published factors")
     else:
         night = Night(tonight)
@@ -403,10 +240,9 @@ class Night:
             self.touched,
             F.expr("count_if(is_new) - count_if(NOT is_new AND n_ratings <= 0)"),
             F.coalesce(F.max("slot"), F.lit(0)),
-            F.collect_set("block"),
         )
-        self.n_rows = tonight.n_rows + sum(sizes[side][0] for side in SIDES)
-        self.touched_blocks = {side: set(sizes[side][2]) for side in SIDES}
+        before = {"user": tonight.sizes.users, "item": tonight.sizes.items}
+        self.n_rows = {side: before[side] + sizes[side][0] for side in SIDES}
         for side in SIDES:
             self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][1] + 1)
         slotted = self._kept(self._slotted())
@@ -437,13 +273,16 @@ class Night:
                 grams[side] = gram_of(rows, self.als.rank)
         self.frontier = Frontier(
             solver=solver_of(self.als),
-            rows={side: self.rows[side].select("slot", "n_ratings", "factors") for side in SIDES},
+            rows={
+                side: self.rows[side].select("block", "slot", "n_ratings", "factors")
+                for side in SIDES
+            },
             chunks=store.read(factors.RATING_BLOCKS, model.rating_blocks_version),
             settings=settings.unlearn,
             execution=settings.execution,
             parallelism=session_parallelism(store.spark),
             n_blocks={side: self.layouts[side]["n_blocks"] for side in SIDES},
-            work=Work(self.als.rank, tonight.n_ratings, self.n_rows),
+            work=Work(self.als.rank, tonight.n_ratings, sum(self.n_rows.values())),
             progress=tonight.progress,
             grams=grams,
             training_sweeps=model.training_sweeps,
@@ -453,13 +292,18 @@ class Night:
     def _kept(self, frame: DataFrame) -> DataFrame:
         return materialise(frame, self.settings.execution.checkpoint)
 
+    @staticmethod
+    def _in(blocks: Mapping[str, Collection[int]] | None, side: str, rows: DataFrame) -> DataFrame:
+        """Rows of a side in these blocks; None: all."""
+        return rows if blocks is None else rows.where(F.col("block").isin(sorted(blocks[side])))
+
     def _touched(self, side: str) -> DataFrame:
         """Rows whose ratings change, new ones among them: id, block, slot, is_new, and as
         `n_ratings` how many they have now; none where they leave."""
         deltas = self.changes.pairs.groupBy(F.col(f"{side}_id").alias("id")).agg(
             F.sum("change").alias("delta")
         )
-        published = self.published[side]
+        published = self._in(self.changes.blocks, side, self.published[side])
         rows = published.select("id", "block", "slot", "n_ratings").join(F.broadcast(deltas), "id")
         rows = rows.withColumn("is_new", F.lit(False))
         if self.changes.n_added:
@@ -471,8 +315,9 @@ class Night:
     def _placed(self, side: str, unknown: DataFrame) -> DataFrame:
         """Ids that the model does not know (id, delta), behind the other rows of their block."""
         n_blocks = self.layouts[side]["n_blocks"]
-        places = self.published[side].groupBy("block").agg(F.max("slot").alias("last"))
-        unknown = unknown.withColumn("block", F.pmod(F.xxhash64("id"), F.lit(n_blocks)).cast("int"))
+        published = self._in(self.changes.blocks, side, self.published[side])
+        places = published.groupBy("block").agg(F.max("slot").alias("last"))
+        unknown = unknown.withColumn("block", block_of("id", n_blocks))
         order = F.row_number().over(Window.partitionBy("block").orderBy("id"))
         last = F.coalesce(F.col("last"), F.col("block") - F.lit(n_blocks))
         return unknown.join(places, "block", "left").select(
@@ -515,7 +360,7 @@ class Night:
 
     def _named_rows(self, side: str) -> DataFrame:
         """The rows that tonight's changes name, as `_rows` has them."""
-        blocks = self.rows[side].where(F.col("block").isin(sorted(self.touched_blocks[side])))
+        blocks = self._in(self.changes.blocks, side, self.rows[side])
         return blocks.join(F.broadcast(self.touched[side].select("slot")), "slot", "left_semi")
 
     def _slotted(self) -> DataFrame:
@@ -539,16 +384,30 @@ class Night:
             {side: self._named_rows(side) for side in SIDES},
             self.version,
             self.gram_changes,
+            self._near(),
         )
         end = frontier.run()
         if end is None:
             return False
         self.worst = max(end[side].worst for side in SIDES)
+        if frontier.near is not None:
+            self.worst = max(self.worst, model.certificate["max_residual"])
         self.n_solved = {side: end[side].solved for side in SIDES}
         self.blocks = {
-            side: sorted(self.touched_blocks[side] | set(end[side].solved_blocks)) for side in SIDES
+            side: sorted({*self.changes.blocks[side], *end[side].solved_blocks}) for side in SIDES
         }
         return True
+
+    def _near(self) -> dict[str, list[int]] | None:
+        """The blocks of tonight's changes, if it is likely that no others need be looked at."""
+        model, unlearn, blocks = self.model, self.settings.unlearn, self.changes.blocks
+        solves = unlearn.direct_rows == "resolve" or self.changes.n_added
+        if solves or self.als.implicit_prefs or model.certificate["max_residual"] > unlearn.tau:
+            return None
+        opened = sum(
+            self.n_rows[side] * len(blocks[side]) / self.layouts[side]["n_blocks"] for side in SIDES
+        )
+        return blocks if opened <= NEAR_SHARE * sum(self.n_rows.values()) else None
 
     def _present(self, side: str) -> DataFrame:
         """The rows that have ratings."""
@@ -611,7 +470,10 @@ class Night:
             ratings_ingest_id=changes.ingest_id,
             tombstones_version=changes.tombstones_version,
             settings={**self.model.settings, "layouts": self.layouts},
-            metrics=self.tonight.metrics(figures),
+            metrics={
+                **self.tonight.metrics(figures),
+                **asdict(Sizes(self.n_rows["user"], self.n_rows["item"], self.tonight.n_ratings)),
+            },
             certificate={
                 "tau": tau,
                 "max_residual": self.worst,
@@ -624,24 +486,28 @@ class Night:
     def _partial_writes(self) -> dict[str, Callable[[], int]]:
         store = self.store
         writes: dict[str, Callable[[], int]] = {}
+        near = self.frontier.near
         identities = []
         for side in SIDES:
             rows = self._present(side)
             identities.append(
-                rows.withColumn("side", F.lit(side)).select(
-                    "side", "slot", F.col("id").cast("string").alias("id")
+                self._in(near, side, rows).select(
+                    F.lit(side).alias("side"), "slot", F.col("id").cast("string").alias("id")
                 )
             )
             if self.blocks[side]:
-                changed = rows.where(F.col("block").isin(self.blocks[side]))
-                changed = self.frontier.current(side, changed)
+                changed = self.frontier.current(side, self._in(self.blocks, side, rows))
                 writes[f"{side}_factors_version"] = _writer(store, side, changed, self.blocks[side])
         ledger = (
             self.frontier.entries()
             .join(identities[0].unionByName(identities[1]), ["side", "slot"])
             .withColumns({"bound": factors.bound_expression(), "drift_mark": F.lit(0.0)})
         )
-        writes["ledger_version"] = lambda: factors.write_ledger(store, ledger, self.n_rows)
+        writes["ledger_version"] = lambda: (
+            factors.write_ledger(store, ledger)
+            if near is None
+            else factors.replace_ledger_blocks(store, ledger, near)
+        )
         writes["rating_changes_version"] = lambda: store.append(
             factors.RATING_CHANGES, self.new_changes
         )
