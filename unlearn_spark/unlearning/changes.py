@@ -131,8 +131,9 @@ def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Chang
         nothing = ratings.read(store, ratings_version).limit(0)
         pairs = _changed(nothing.select(*PAIR, "rating"), 1)
     n_left, n_added, *blocks = _counted(pairs, model)
-    # With news, old values of corrected ratings leave as well.
-    n_removed = leaving.count() if news and leaving is not None else 0 if news else n_left
+    n_removed = n_left
+    if news:  # old values of corrected ratings leave as well
+        n_removed = leaving.count() if leaving is not None else 0
     return Changes(
         pending,
         removed,

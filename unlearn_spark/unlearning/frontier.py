@@ -154,6 +154,11 @@ class Frontier:
         return self.settings.tau if self.solver.objective.implicit_prefs else self.settings.mark
 
     @property
+    def _page(self) -> Column:
+        """The key of the page that a slot lies in."""
+        return part_key("slot", self.page_keys).alias("page")
+
+    @property
     def _levels(self) -> exchange.Levels:
         return exchange.Levels(self.n_blocks, self.settings.tau, self.mark)
 
@@ -243,10 +248,9 @@ class Frontier:
             By side the blocks of these rows, where the other blocks need not be opened before a
             round starts: none of their bounds exceeds tau, and no Gram matrix changed.
         """
-        page = part_key("slot", self.page_keys).alias("page")
         drifts = {s: drift(m) if m is not None else 0.0 for s, m in gram_changes.items()}
         needed = (
-            news.select("side", page, "slot", "other_slot")
+            news.select("side", self._page, "slot", "other_slot")
             .groupBy("page")
             .applyInArrow(exchange.change_need_finder(self.page_keys), exchange.NEEDED)
         )
@@ -280,15 +284,14 @@ class Frontier:
     def _states(self, where: Column) -> DataFrame:
         """Rows, entries and changes in some blocks, by page; they are told apart by what they
         lack."""
-        page = part_key("slot", self.page_keys).alias("page")
         rows = _sides(self.rows).where("n_ratings > 0")
         norms = ("gradient_norm", "b_norm", "factor_norm")
         changed = ("other_slot", "value", "change", "model_version")
         return _union(
             [
-                rows.where(where).select("side", page, "slot", "n_ratings"),
-                self.ledger.where(where).select("side", page, "slot", "chunk", *norms),
-                self.changes.where(where).select("side", page, "slot", *changed),
+                rows.where(where).select("side", self._page, "slot", "n_ratings"),
+                self.ledger.where(where).select("side", self._page, "slot", "chunk", *norms),
+                self.changes.where(where).select("side", self._page, "slot", *changed),
             ]
         )
 

@@ -308,14 +308,14 @@ class Night:
         rows = rows.withColumn("is_new", F.lit(False))
         if self.changes.n_added:
             unknown = deltas.where("delta > 0").join(published.select("id"), "id", "left_anti")
-            rows = rows.unionByName(self._placed(side, unknown))
+            rows = rows.unionByName(self._placed(side, unknown, published))
         n_ratings = (F.col("n_ratings") + F.col("delta")).cast("int")
         return self._kept(rows.withColumn("n_ratings", n_ratings).drop("delta"))
 
-    def _placed(self, side: str, unknown: DataFrame) -> DataFrame:
-        """Ids that the model does not know (id, delta), behind the other rows of their block."""
+    def _placed(self, side: str, unknown: DataFrame, published: DataFrame) -> DataFrame:
+        """Ids that the model does not know (id, delta), behind the published rows of their
+        block."""
         n_blocks = self.layouts[side]["n_blocks"]
-        published = self._in(self.changes.blocks, side, self.published[side])
         places = published.groupBy("block").agg(F.max("slot").alias("last"))
         unknown = unknown.withColumn("block", block_of("id", n_blocks))
         order = F.row_number().over(Window.partitionBy("block").orderBy("id"))
