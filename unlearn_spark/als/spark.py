@@ -149,6 +149,12 @@ LARGE_ROWS = {"spark.sql.inMemoryColumnarStorage.batchSize": "1"}
 """Cache every row by itself. Else their bytes are gathered in buffers of up to 4 MB that grow step
 by step, and objects of that size make the JVM's heap grow (see `solver.MESSAGE_BYTES`)."""
 
+SMALL_QUERIES = {"spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+"""Interpret expressions outside of whole-stage code. Delta keeps the state of a table in rows of so
+many fields that Spark compiles none of their stages whole; each of their tasks then writes the code
+of its projections anew, and to split it measures it line by line with regular expressions. That was
+two fifths of what the tasks of a night took, and its small tables do not need compiled code."""
+
 
 @contextmanager
 def session_conf(spark: SparkSession, conf: Mapping[str, str]) -> Iterator[None]:

@@ -59,6 +59,9 @@ _PROPERTIES = {
     "delta.checkpointInterval": "20",
 }
 
+RECENT_COMMITS = 50
+"""Among so many newest commits of a table a write looks for its own."""
+
 
 @dataclass(frozen=True)
 class TableSpec:
@@ -137,8 +140,9 @@ class Store:
     def exists(self, table: str) -> bool:
         if self.catalog:
             return bool(self.spark.catalog.tableExists(self.name(table)))
-        if "://" not in self.location(table):
-            return Path(self.location(table), "_delta_log").is_dir()
+        log = self._log(table)
+        if log is not None:
+            return log.is_dir()
         try:
             self.spark.read.format("delta").load(self.location(table)).schema  # noqa: B018
         except Exception as error:
@@ -148,6 +152,23 @@ class Store:
                 return False
             raise
         return True
+
+    def _log(self, table: str) -> Path | None:
+        """The directory of the table's log, where this process can look into it by itself: not in
+        a catalog or in remote storage."""
+        if self.catalog or is_remote(self.location(table)):
+            return None
+        return Path(self.location(table), "_delta_log")
+
+    def _commits(self, table: str) -> list[Path]:
+        """The newest commits in a log that `_log` can see, newest first.
+
+        The names are of Delta's protocol. To list them takes no time, where each DESCRIBE HISTORY
+        is two Spark jobs, and a night would ask a dozen times.
+        """
+        log = self._log(table)
+        found = [] if log is None else [p for p in log.glob("*.json") if p.stem.isdigit()]
+        return sorted(found, reverse=True)[:RECENT_COMMITS]
 
     def require(self, table: str) -> None:
         """Raise TableMissingError, naming the job that makes the table, unless it exists."""
@@ -171,6 +192,9 @@ class Store:
     def version(self, table: str) -> int:
         """The newest Delta version of a table."""
         self.require(table)
+        commits = self._commits(table)
+        if commits:
+            return int(commits[0].stem)
         row = self.spark.sql(f"DESCRIBE HISTORY {self.name(table)} LIMIT 1").first()
         assert row is not None
         return int(row["version"])
@@ -232,7 +256,11 @@ class Store:
 
     def _version_of(self, table: str, token: str) -> int:
         """The version that a write of ours made, even when others have committed since."""
-        history = self.spark.sql(f"DESCRIBE HISTORY {self.name(table)} LIMIT 50")
+        for commit in self._commits(table):
+            with commit.open() as actions:
+                if any(token in action for action in actions):
+                    return int(commit.stem)
+        history = self.spark.sql(f"DESCRIBE HISTORY {self.name(table)} LIMIT {RECENT_COMMITS}")
         row = history.where(F.col("userMetadata") == token).select("version").first()
         return int(row["version"]) if row is not None else self.version(table)
 

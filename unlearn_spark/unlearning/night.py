@@ -19,10 +19,12 @@ from unlearn_spark import publishing
 from unlearn_spark.als.blocks import SIDES, other_side
 from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.spark import (
+    SMALL_QUERIES,
     block_of,
     gram_of,
     list_column,
     materialise,
+    session_conf,
     session_parallelism,
 )
 from unlearn_spark.als.training import aggregates_of, fit_factors, solver_of
@@ -100,6 +102,13 @@ def run_night(
     ConflictError
         Another job published meanwhile; nothing became visible.
     """
+    with session_conf(store.spark, SMALL_QUERIES):
+        return _run_night(store, settings, progress, kind)
+
+
+def _run_night(
+    store: Store, settings: Settings, progress: Callable[[str], None], kind: str
+) -> dict[str, Any]:
     started = time.perf_counter()
     model = models.published(store)
     found: dict[str, Any] = publishing.together(

@@ -1,0 +1,58 @@
+"""Which version a table has, and which one a write has made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql.types import IntegerType, StructField, StructType
+
+from unlearn_spark import publishing
+from unlearn_spark.tables.store import Store, TableSpec
+
+TABLE = "figures"
+SPEC = TableSpec(StructType([StructField("n", IntegerType())]))
+
+
+@pytest.fixture(params=["root", "catalog"])
+def tables(request: Any, spark: Any, tmp_path: Path) -> Iterator[Store]:
+    """A store whose log can be looked into, and one that only Spark knows the place of."""
+    if request.param == "root":
+        yield Store(spark, root=str(tmp_path))
+        return
+    schema = f"figures_{tmp_path.name.replace('-', '_')}"
+    spark.sql(f"CREATE SCHEMA {schema} LOCATION '{tmp_path}'")
+    yield Store(spark, catalog=schema)
+    spark.sql(f"DROP SCHEMA {schema} CASCADE")
+
+
+def _numbers(store: Store, version: int) -> set[int]:
+    return {row["n"] for row in store.read(TABLE, version).collect()}
+
+
+def test_a_version_is_what_delta_says(tables: Store) -> None:
+    tables.create(TABLE, SPEC)
+    spark = tables.spark
+    assert tables.version(TABLE) == 0
+    assert tables.append(TABLE, spark.range(3).selectExpr("int(id) AS n")) == 1
+    assert tables.overwrite(TABLE, spark.range(5).selectExpr("int(id) AS n")) == 2
+    assert tables.restore(TABLE, 1) == 3
+    assert tables.restore(TABLE, 3) == 3
+    newest = spark.sql(f"DESCRIBE HISTORY {tables.name(TABLE)} LIMIT 1").first()
+    assert tables.version(TABLE) == newest["version"] == 3
+    assert _numbers(tables, 3) == {0, 1, 2}
+
+
+def test_writers_at_the_same_time_learn_their_own_versions(tables: Store) -> None:
+    tables.create(TABLE, SPEC)
+    numbers = range(4)
+    rows = {n: tables.spark.range(1).selectExpr(f"{n} AS n") for n in numbers}
+    versions = publishing.together(
+        {str(n): (lambda n=n: tables.append(TABLE, rows[n])) for n in numbers}
+    )
+    assert sorted(versions.values()) == [1, 2, 3, 4]
+    for n in numbers:
+        mine = versions[str(n)]
+        assert _numbers(tables, mine) - _numbers(tables, mine - 1) == {n}
