@@ -224,6 +224,19 @@ def block_of(id: str, n_blocks: int) -> Column:
     return F.pmod(F.xxhash64(id), F.lit(n_blocks)).cast("int")
 
 
+def in_blocks(numbers: Iterable[int]) -> str:
+    """SQL for: the row is in one of these blocks. In this form files are skipped by it."""
+    listed = ", ".join(map(str, sorted(numbers)))
+    return f"block IN ({listed})" if listed else "false"
+
+
+def in_blocks_of_sides(blocks: Mapping[str, Iterable[int]]) -> str:
+    """As `in_blocks`, of rows that have a `side`."""
+    return " OR ".join(
+        f"(side = '{side}' AND {in_blocks(numbers)})" for side, numbers in blocks.items()
+    )
+
+
 def materialise(frame: DataFrame, how: str) -> DataFrame:
     """Compute a frame once and keep it.
 

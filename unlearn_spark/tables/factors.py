@@ -22,6 +22,7 @@ from pyspark.sql.types import (
     StructType,
 )
 
+from unlearn_spark.als.spark import in_blocks, in_blocks_of_sides
 from unlearn_spark.tables.store import TableSpec
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ def replace_factor_blocks(store: Store, side: str, rows: DataFrame, blocks: list
     """Replace the named blocks by `rows`, which may leave some of them empty."""
     spec = factor_spec(rows.schema["id"].dataType)
     rows = _placed(rows.select(*spec.schema.names), "block", within="slot")
-    listed = ", ".join(map(str, blocks))
-    return store.replace_where(factor_table(side), rows, f"block IN ({listed})")
+    return store.replace_where(factor_table(side), rows, in_blocks(blocks))
 
 
 def ledger_rows(rows: DataFrame, side: str) -> DataFrame:
@@ -170,12 +170,8 @@ def replace_ledger_blocks(
     store: Store, rows: DataFrame, blocks: Mapping[str, Collection[int]]
 ) -> int:
     """Replace the entries of the named blocks of each side by `rows`."""
-    listed = [
-        f"(side = '{side}' AND block IN ({', '.join(map(str, sorted(numbers)))}))"
-        for side, numbers in blocks.items()
-        if numbers
-    ]
-    return store.replace_where(LEDGER, _placed_entries(rows), " OR ".join(listed))
+    named = {side: numbers for side, numbers in blocks.items() if numbers}
+    return store.replace_where(LEDGER, _placed_entries(rows), in_blocks_of_sides(named))
 
 
 def _placed_entries(rows: DataFrame) -> DataFrame:

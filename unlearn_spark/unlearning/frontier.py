@@ -35,6 +35,7 @@ from unlearn_spark.als.blocks import SIDES
 from unlearn_spark.als.encoding import TASK_RATINGS
 from unlearn_spark.als.spark import (
     balanced_keys,
+    in_blocks_of_sides,
     materialise,
     part_key,
 )
@@ -458,13 +459,8 @@ def _union(frames: Sequence[DataFrame]) -> DataFrame:
 
 
 def _in_blocks(blocks: Mapping[str, Collection[int]] | None) -> Column:
-    """Is a row (side, block) in one of these, in a form by which files are skipped?"""
-    if blocks is None:
-        return F.lit(True)
-    return reduce(
-        lambda left, right: left | right,
-        [(F.col("side") == side) & F.col("block").isin(sorted(blocks[side])) for side in SIDES],
-    )
+    """Is a row (side, block) in one of these? None: in any."""
+    return F.lit(True) if blocks is None else F.expr(in_blocks_of_sides(blocks))
 
 
 def _at(places: Places | None) -> Column:

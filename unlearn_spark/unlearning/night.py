@@ -22,6 +22,7 @@ from unlearn_spark.als.spark import (
     SMALL_QUERIES,
     block_of,
     gram_of,
+    in_blocks,
     list_column,
     materialise,
     session_conf,
@@ -304,7 +305,7 @@ class Night:
     @staticmethod
     def _in(blocks: Mapping[str, Collection[int]] | None, side: str, rows: DataFrame) -> DataFrame:
         """Rows of a side in these blocks; None: all."""
-        return rows if blocks is None else rows.where(F.col("block").isin(sorted(blocks[side])))
+        return rows if blocks is None else rows.where(in_blocks(blocks[side]))
 
     def _touched(self, side: str) -> DataFrame:
         """Rows whose ratings change, new ones among them: id, block, slot, is_new, and as
