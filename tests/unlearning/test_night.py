@@ -213,6 +213,11 @@ def test_a_night_that_solves_nothing_replaces_the_ledger_of_its_blocks_alone(
     assert sizes == models.sizes(store, replace(quiet, metrics={}))
     assert sizes.ratings == len(rows) - 2
 
+    # A request that covers nothing is answered, and no block has to be opened for it.
+    assert forget("nobody", ("nobody", rows[0][1]), 0.9)["requests"] == 1
+    assert {r.request_id: r.ratings_removed for r in receipts_of(store)}["nobody"] == 0
+    assert files_by_block(store, models.published(store).ledger_version, "ledger") == loose
+
     # A lower tau than the version promises: an entry over it may lie anywhere.
     assert quiet.certificate["max_residual"] > low
     assert forget("lower", rows[2], low)["rounds"] > 0

@@ -224,10 +224,15 @@ def block_of(id: str, n_blocks: int) -> Column:
     return F.pmod(F.xxhash64(id), F.lit(n_blocks)).cast("int")
 
 
-def in_blocks(numbers: Iterable[int]) -> str:
-    """SQL for: the row is in one of these blocks. In this form files are skipped by it."""
+def one_of(column: str, numbers: Iterable[int]) -> str:
+    """SQL for: an integer column has one of these values. In this form files are skipped by it."""
     listed = ", ".join(map(str, sorted(numbers)))
-    return f"block IN ({listed})" if listed else "false"
+    return f"{column} IN ({listed})" if listed else "false"
+
+
+def in_blocks(numbers: Iterable[int]) -> str:
+    """SQL for: the row is in one of these blocks."""
+    return one_of("block", numbers)
 
 
 def in_blocks_of_sides(blocks: Mapping[str, Iterable[int]]) -> str:

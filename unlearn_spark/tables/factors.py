@@ -170,8 +170,7 @@ def replace_ledger_blocks(
     store: Store, rows: DataFrame, blocks: Mapping[str, Collection[int]]
 ) -> int:
     """Replace the entries of the named blocks of each side by `rows`."""
-    named = {side: numbers for side, numbers in blocks.items() if numbers}
-    return store.replace_where(LEDGER, _placed_entries(rows), in_blocks_of_sides(named))
+    return store.replace_where(LEDGER, _placed_entries(rows), in_blocks_of_sides(blocks))
 
 
 def _placed_entries(rows: DataFrame) -> DataFrame:

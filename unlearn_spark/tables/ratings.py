@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from unlearn_spark.als.spark import one_of
 from unlearn_spark.errors import InputError
 from unlearn_spark.tables import formats, quarantine, tombstones
 from unlearn_spark.tables.store import Store, TableSpec
@@ -484,8 +485,7 @@ def _near(rows: DataFrame, prefix: str = "") -> tuple[str | None, int]:
     few, n_rows = _few(rows, "user_block", "user_key")
     for column, found in few.items():
         if found is not None:
-            listed = ", ".join(map(str, found))
-            terms.append(f"{prefix}{column} IN ({listed})" if listed else "false")
+            terms.append(one_of(f"{prefix}{column}", found))
     return " AND ".join(terms) or None, n_rows
 
 

@@ -123,7 +123,7 @@ class Store:
 
     @staticmethod
     def _absolute(root: str) -> str:
-        if "://" in root or root.startswith("dbfs:"):
+        if is_remote(root):
             return root.rstrip("/")
         return str(Path(root).absolute())
 

@@ -37,6 +37,7 @@ from unlearn_spark.als.spark import (
     balanced_keys,
     in_blocks_of_sides,
     materialise,
+    one_of,
     part_key,
 )
 from unlearn_spark.unlearning import exchange
@@ -471,7 +472,6 @@ def _at(places: Places | None) -> Column:
     for block, chunk in sorted(places):
         by_block.setdefault(block, []).append(chunk)
     here = [
-        f"(block = {block} AND chunk IN ({', '.join(map(str, chunks))}))"
-        for block, chunks in by_block.items()
+        f"(block = {block} AND {one_of('chunk', chunks)})" for block, chunks in by_block.items()
     ]
     return F.expr(" OR ".join(here) or "false")
