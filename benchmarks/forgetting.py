@@ -47,6 +47,8 @@ class BytesRead:
     """Bytes that Spark's tasks read from files and caches (classic sessions only)."""
 
     def __init__(self, spark: Any) -> None:
+        # Else threads of Parquet's own read most of a file, whose bytes no task counts.
+        spark.conf.set("parquet.hadoop.vectored.io.enabled", "false")
         self.jvm = spark.sparkContext._jvm
         self.store = spark.sparkContext._jsc.sc().statusStore()
         self.gateway = spark.sparkContext._gateway

@@ -81,6 +81,7 @@ def test_chunks_are_within_one_block_and_join_to_the_whole(triples, n_blocks, si
     chunks = list(split_into_chunks(block, n_blocks, size))
     for number, chunk, part in chunks:
         assert set((part.slots % n_blocks).tolist()) == {number}
+        assert chunk % n_blocks == number
         assert {numbers[slot] for slot in part.slots.tolist()} == {chunk}
     assert triples_of(concatenate([part for _, _, part in chunks])) == triples_of(block)
 

@@ -12,6 +12,7 @@ from unlearn_spark.unlearning.pages import (
     NO_CHANGES,
     NOTHING,
     Page,
+    Paging,
     RatingChanges,
 )
 
@@ -29,12 +30,21 @@ def page_of(seed, n=40, n_changes=15):
     stored = {
         "slots": slots,
         "chunks": random.integers(-1, 4, n, dtype=np.int32),
+        "n_ratings": random.integers(1, 9, n, dtype=np.int32),
         "gradient_norm": random.exponential(size=n),
         "b_norm": random.exponential(size=n),
         "factor_norm": random.exponential(size=n),
     }
-    counts = random.integers(1, 9, n, dtype=np.int32)
-    return Page.opened(slots, counts, stored, changes)
+    return Page.opened(stored, rows_of(), changes)
+
+
+def rows_of(**counts):
+    """Touched rows: `s5=2` is slot 5 with two ratings."""
+    slots = [int(name[1:]) for name in counts]
+    return {
+        "slots": np.array(slots, np.int32),
+        "n_ratings": np.array(list(counts.values()), np.int32),
+    }
 
 
 def same(one, two):
@@ -45,19 +55,32 @@ def same(one, two):
 
 def test_new_rows_must_be_solved_and_rows_that_left_are_gone():
     stored = {
-        "slots": np.array([9, 4], np.int32),
-        "chunks": np.array([1, 0], np.int32),
-        "gradient_norm": np.array([0.5, 0.25]),
-        "b_norm": np.array([2.0, 1.0]),
-        "factor_norm": np.array([3.0, 1.5]),
+        "slots": np.array([9, 4, 6], np.int32),
+        "chunks": np.array([1, 0, 2], np.int32),
+        "n_ratings": np.array([3, 6, 1], np.int32),
+        "gradient_norm": np.array([0.5, 0.25, 0.0]),
+        "b_norm": np.array([2.0, 1.0, 1.0]),
+        "factor_norm": np.array([3.0, 1.5, 1.0]),
     }
-    slots, counts = np.array([7, 4], np.int32), np.array([2, 5], np.int32)
-    page = Page.opened(slots, counts, stored, NO_CHANGES)
-    assert page.slots.tolist() == [4, 7]
-    assert page.n_ratings.tolist() == [5, 2]
-    assert page.chunks.tolist() == [0, -1]
-    assert page.bound.tolist() == [0.25, np.inf]
+    page = Page.opened(stored, rows_of(s9=0, s7=2, s4=5), NO_CHANGES)
+    assert page.slots.tolist() == [4, 6, 7]
+    assert page.n_ratings.tolist() == [5, 1, 2]
+    assert page.chunks.tolist() == [0, 2, -1]
+    assert page.bound.tolist() == [0.25, 0.0, np.inf]
     assert page.summary(2, tau=1e-3, mark=1e-4).over == 2
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 4))
+def test_a_block_lies_in_one_page(seed, n_blocks, n_pages):
+    keys = tuple(range(10, 10 + n_pages))
+    paging = Paging(keys, {"user": n_blocks, "item": 3})
+    slots = np.random.default_rng(seed).choice(200, 60, replace=False).astype(np.int32)
+    split = dict(paging.split("user", slots))
+    assert set(split) <= set(keys)
+    assert sorted(np.concatenate(list(split.values())).tolist()) == list(range(60))
+    homes = {block: key for key, mine in split.items() for block in slots[mine] % n_blocks}
+    assert all((homes[b] == key) for key, mine in split.items() for b in slots[mine] % n_blocks)
+    assert set(homes.values()) == set(split)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5))
@@ -115,9 +138,9 @@ def test_what_a_round_saw_replaces_bounds_and_is_remembered():
 def test_too_many_places_are_not_listed():
     n = MOST_PLACES + 1
     slots, chunks = np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32)
-    stored = {"slots": slots, "chunks": chunks}
+    stored = {"slots": slots, "chunks": chunks, "n_ratings": np.ones(n, np.int32)}
     stored |= {name: np.ones(n) for name in ("gradient_norm", "b_norm", "factor_norm")}
-    page = Page.opened(slots, np.ones(n, np.int32), stored, NO_CHANGES)
+    page = Page.opened(stored, rows_of(), NO_CHANGES)
     assert page.summary(1, 0.5, 0.5).places["marked"] is None
     halves = [page.of(slots < n // 2), page.of(slots >= n // 2)]
     each = [half.summary(1, 0.5, 0.5) for half in halves]

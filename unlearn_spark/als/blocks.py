@@ -248,17 +248,18 @@ def chunk_numbers(
     n_blocks: int,
     chunk_ratings: int = CHUNK_RATINGS,
 ) -> NDArray[np.int32]:
-    """The stored chunk of each row, numbered from 0 within its block, int32 (n_rows,).
+    """The number of each row's stored chunk, int32 (n_rows,).
 
     Rows of one block are taken in slot order; a chunk is closed once it has `chunk_ratings`, so a
-    row with more ratings than that has a chunk of its own.
+    row with more ratings than that has a chunk of its own. No two blocks have a number in common
+    (it is congruent to the block), so that it says by itself what to read in a file.
     """
     chunks = np.zeros(len(slots), np.int32)
     blocks = slots % n_blocks
     for block in np.unique(blocks):
         rows = np.flatnonzero(blocks == block)
         before = np.cumsum(counts[rows], dtype=np.int64) - counts[rows]
-        chunks[rows] = before // chunk_ratings
+        chunks[rows] = before // chunk_ratings * n_blocks + block
     return chunks
 
 

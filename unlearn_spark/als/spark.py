@@ -149,6 +149,11 @@ LARGE_ROWS = {"spark.sql.inMemoryColumnarStorage.batchSize": "1"}
 """Cache every row by itself. Else their bytes are gathered in buffers of up to 4 MB that grow step
 by step, and objects of that size make the JVM's heap grow (see `solver.MESSAGE_BYTES`)."""
 
+SMALL_ROW_GROUPS = {"parquet.block.size": str(256 * 1024), "parquet.page.size.row.check.min": "1"}
+"""Parquet files of many row groups, each with statistics of its own: one row each where rows are as
+large as a chunk of ratings, so that of a file the wanted ones alone are read. (Delta hands none of
+a writer's own options to Parquet.)"""
+
 SMALL_QUERIES = {"spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 """Interpret expressions outside of whole-stage code. Delta keeps the state of a table in rows of so
 many fields that Spark compiles none of their stages whole; each of their tasks then writes the code

@@ -22,7 +22,12 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from unlearn_spark.als.spark import in_blocks, in_blocks_of_sides
+from unlearn_spark.als.spark import (
+    SMALL_ROW_GROUPS,
+    in_blocks,
+    in_blocks_of_sides,
+    session_conf,
+)
 from unlearn_spark.tables.store import TableSpec
 
 if TYPE_CHECKING:
@@ -36,8 +41,8 @@ LEDGER = "ledger"
 RATING_BLOCKS = "rating_blocks"
 RATING_CHANGES = "rating_changes"
 
-CHUNKS_PER_FILE = 16
-"""4 MB: a file is the least that is read to see the ratings of one row."""
+CHUNKS_PER_FILE = 64
+"""16 MB, a row group each: for the ratings of one row no more than its chunk is read."""
 
 
 def factor_table(side: str) -> str:
@@ -71,6 +76,7 @@ LEDGER_SPEC = TableSpec(
         ("block", IntegerType()),
         ("slot", IntegerType()),
         ("chunk", IntegerType()),
+        ("n_ratings", IntegerType()),
         ("bound", DoubleType()),
         ("gradient_norm", DoubleType()),
         ("b_norm", DoubleType()),
@@ -144,44 +150,47 @@ def replace_factor_blocks(store: Store, side: str, rows: DataFrame, blocks: list
     return store.replace_where(factor_table(side), rows, in_blocks(blocks))
 
 
+def _with_bounds(entries: DataFrame) -> DataFrame:
+    """Entries (side, id, block, slot, chunk, n_ratings and the norms) as the ledger has them."""
+    computed = {"bound": bound_expression(), "drift_mark": F.lit(0.0)}
+    return entries.withColumns(computed).select(*LEDGER_SPEC.schema.names)
+
+
 def ledger_rows(rows: DataFrame, side: str) -> DataFrame:
     """Ledger entries of freshly scanned factor rows."""
-    return rows.select(
-        F.lit(side).alias("side"),
-        F.col("id").cast("string").alias("id"),
-        "block",
-        "slot",
-        "chunk",
-        bound_expression().alias("bound"),
-        "gradient_norm",
-        "b_norm",
-        "factor_norm",
-        F.lit(0.0).alias("drift_mark"),
-    )
+    id = F.col("id").cast("string")
+    return _with_bounds(rows.withColumns({"side": F.lit(side), "id": id}))
 
 
 def write_ledger(store: Store, rows: DataFrame) -> int:
-    """Replace the ledger by these entries."""
+    """Replace the ledger by these rows."""
     store.create(LEDGER, LEDGER_SPEC)
-    return store.overwrite(LEDGER, _placed_entries(rows))
+    return store.overwrite(LEDGER, _placed(rows, "side", "block", within="slot"))
 
 
-def replace_ledger_blocks(
-    store: Store, rows: DataFrame, blocks: Mapping[str, Collection[int]]
+def replace_ledger(
+    store: Store, entries: DataFrame, blocks: Mapping[str, Collection[int]] | None
 ) -> int:
-    """Replace the entries of the named blocks of each side by `rows`."""
-    return store.replace_where(LEDGER, _placed_entries(rows), in_blocks_of_sides(blocks))
+    """Replace the entries of the named blocks of each side, or (None) all.
 
-
-def _placed_entries(rows: DataFrame) -> DataFrame:
-    return _placed(rows.select(*LEDGER_SPEC.schema.names), "side", "block", within="slot")
+    Parameters
+    ----------
+    entries
+        side, id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm; all of a block
+        in one partition, so that none is moved to make one file a block.
+    """
+    rows = _with_bounds(entries).sortWithinPartitions("side", "block", "slot")
+    if blocks is None:
+        return store.overwrite(LEDGER, rows)
+    return store.replace_where(LEDGER, rows, in_blocks_of_sides(blocks))
 
 
 def write_rating_blocks(store: Store, chunks: DataFrame) -> int:
     """Replace the packed ratings."""
     store.create(RATING_BLOCKS, RATING_BLOCKS_SPEC)
     placed = _placed(chunks, "side", "block", within="chunk")
-    return store.overwrite(RATING_BLOCKS, placed, max_records_per_file=CHUNKS_PER_FILE)
+    with session_conf(store.spark, SMALL_ROW_GROUPS):
+        return store.overwrite(RATING_BLOCKS, placed, max_records_per_file=CHUNKS_PER_FILE)
 
 
 def clear_rating_changes(store: Store) -> int:

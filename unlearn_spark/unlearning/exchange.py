@@ -28,7 +28,7 @@ from unlearn_spark.als.blocks import (
 from unlearn_spark.als.solver import cut_stack
 from unlearn_spark.als.spark import arrays_of, list_column, matrix_of, pieces_table
 from unlearn_spark.unlearning.ledger import rating_terms
-from unlearn_spark.unlearning.pages import COLUMNS, Page, RatingChanges
+from unlearn_spark.unlearning.pages import COLUMNS, Page, Paging, RatingChanges
 from unlearn_spark.unlearning.patch import PatchSide, SettledSide, places_among, settle
 
 if TYPE_CHECKING:
@@ -65,8 +65,10 @@ def _tables_by_side(table: pa.Table) -> dict[str, pa.Table]:
 
 
 _BINARY_COLUMNS = ", ".join(f"{name} binary" for name in COLUMNS)
-PAGES = f"side string, page int, {_BINARY_COLUMNS}, summary binary"
-"""A page of the ledger; `summary` is a pickled `pages.Summary`."""
+PAGES = f"side string, page int, {_BINARY_COLUMNS}, ids binary, summary binary"
+"""A page of the ledger; `ids` names its rows (`_IDS`), `summary` is a pickled `pages.Summary`."""
+
+_IDS = pa.schema([("id", pa.string())])
 
 STOCK = "side string, page int, slots binary, factors binary"
 """Factors of rows of a page, a few rows at a time."""
@@ -96,9 +98,11 @@ RESULTS = (
 TOTALS = ("side", "gram_change", "solved_rows", "solved_ratings", "scanned_ratings")
 MOVED = "slot int, factors array<float>, round int"
 ENTRIES = (
-    "side string, slot int, block int, chunk int, gradient_norm double, b_norm double, "
-    "factor_norm double"
+    "side string, id string, block int, slot int, chunk int, n_ratings int, gradient_norm double, "
+    "b_norm double, factor_norm double"
 )
+
+ENTRIES_AT_A_TIME = 10_000
 
 
 @dataclass(frozen=True)
@@ -110,32 +114,36 @@ class Levels:
     mark: float
 
 
-def _page_row(side: str, number: int, page: Page, levels: Levels) -> dict[str, Any]:
+def _page_row(side: str, number: int, page: Page, ids: Any, levels: Levels) -> dict[str, Any]:
     """A row of `PAGES`."""
     summary = pickle.dumps(page.summary(levels.n_blocks[side], levels.tau, levels.mark))
-    return {"side": side, "page": number, **page.to_binary(), "summary": summary}
+    return {"side": side, "page": number, **page.to_binary(), "ids": ids, "summary": summary}
 
 
-def _opened_page(state: pa.Table) -> Page:
-    """A page from the rows, entries and changes of one side, told apart by what they lack."""
-
-    def which(column: str) -> dict[str, NDArray[Any]]:
-        valid = state.filter(state[column].is_valid())
-        return {
-            name: valid[name].to_numpy()
-            for name in valid.schema.names
-            if name != "side" and not valid[name].null_count
-        }
-
-    rows, stored, changes = which("n_ratings"), which("gradient_norm"), which("other_slot")
-    return Page.opened(
-        rows["slot"],
-        rows["n_ratings"],
-        {**stored, "slots": stored["slot"], "chunks": stored["chunk"]},
+def _opened_page(state: pa.Table) -> tuple[Page, pa.Buffer]:
+    """A page and its `ids`, from the entries, touched rows and changes of one side, told apart by
+    what they lack."""
+    is_change = state["other_slot"].is_valid()
+    changes = state.filter(is_change)
+    rows = state.filter(pa.compute.invert(is_change))
+    is_stored = rows["gradient_norm"].is_valid()
+    stored, touched = rows.filter(is_stored), rows.filter(pa.compute.invert(is_stored))
+    names = {"slots": "slot", "chunks": "chunk"}
+    entries = ("slots", "chunks", "n_ratings", "gradient_norm", "b_norm", "factor_norm")
+    page = Page.opened(
+        {name: stored[names.get(name, name)].to_numpy() for name in entries},
+        {name: touched[names.get(name, name)].to_numpy() for name in ("slots", "n_ratings")},
         RatingChanges(
-            *(changes[n] for n in ("slot", "other_slot", "value", "change", "model_version"))
+            *(
+                changes[name].to_numpy()
+                for name in ("slot", "other_slot", "value", "change", "model_version")
+            )
         ),
     )
+    slots = rows["slot"].to_numpy()
+    order = np.argsort(slots)
+    ids = rows["id"].combine_chunks().take(order[np.searchsorted(slots, page.slots, sorter=order)])
+    return page, pa.record_batch([ids], schema=_IDS).serialize()
 
 
 def _pushes_of(
@@ -258,7 +266,7 @@ def wanted_keeper(
 
 
 def need_finder(
-    page_keys: tuple[int, ...],
+    paging: Paging,
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """From what was loaded (`LOADED`) by page and part the rows whose factors the part needs, its
     own among them; all of a part lies in one partition.
@@ -278,27 +286,18 @@ def need_finder(
                     found.setdefault((of, row["key"]), []).append(array)
         for (side, key), arrays in found.items():
             slots = distinct(np.concatenate(arrays))
-            for row in _needed_rows(side, key, slots, page_keys):
+            for row in _needed_rows(side, key, slots, paging):
                 yield from _table_of(NEEDED, [row]).to_batches()
 
     return need
 
 
 def _needed_rows(
-    side: str, key: int, slots: NDArray[np.int32], page_keys: tuple[int, ...]
+    side: str, key: int, slots: NDArray[np.int32], paging: Paging
 ) -> Iterator[dict[str, Any]]:
     """Rows of `NEEDED`."""
-    for page, mine in _by_page(slots, page_keys):
+    for page, mine in paging.split(side, slots):
         yield {"side": side, "page": page, "key": key, "slots": raw(slots[mine], np.int32)}
-
-
-def _by_page(
-    slots: NDArray[np.int32], page_keys: tuple[int, ...]
-) -> Iterator[tuple[int, NDArray[np.intp]]]:
-    """(key of a page, places in `slots` of its rows)."""
-    numbers = slots % len(page_keys)
-    for number in np.unique(numbers):
-        yield page_keys[number], np.flatnonzero(numbers == number)
 
 
 def _stock_rows(
@@ -350,7 +349,7 @@ def settler(
     grams: dict[str, NDArray[np.float64]],
     spare: float,
     eager: Container[str],
-    page_keys: tuple[int, ...],
+    paging: Paging,
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
     """Settles a part (`LOADED`) with the factors that it needs (`MESSAGES`): its `RESULTS`."""
 
@@ -363,14 +362,14 @@ def settler(
             for side in SIDES
         }
         settled = settle(solver, sides, *levels, grams, spare)
-        rows = [row for side in SIDES for row in _result_rows(side, settled[side], page_keys)]
+        rows = [row for side in SIDES for row in _result_rows(side, settled[side], paging)]
         return _table_of(RESULTS, rows)
 
     return solve
 
 
 def packer(
-    rank: int, page_keys: tuple[int, ...]
+    rank: int, paging: Paging
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """Factor rows (side, slot, factors) as `STOCK`."""
 
@@ -378,14 +377,14 @@ def packer(
         for batch in batches:
             for side, rows in _tables_by_side(pa.Table.from_batches([batch])).items():
                 slots, factors = rows["slot"].to_numpy(), matrix_of(rows["factors"], rank)
-                for page, mine in _by_page(slots, page_keys):
+                for page, mine in paging.split(side, slots):
                     packed = _stock_rows({"side": side, "page": page}, slots[mine], factors[mine])
                     yield from _table_of(STOCK, list(packed)).to_batches()
 
     return pack
 
 
-def change_need_finder(page_keys: tuple[int, ...]) -> Callable[[pa.Table], pa.Table]:
+def change_need_finder(paging: Paging) -> Callable[[pa.Table], pa.Table]:
     """From changes (side, page, slot, other_slot) of a page the rows whose factors it needs
     (`NEEDED`)."""
 
@@ -394,7 +393,7 @@ def change_need_finder(page_keys: tuple[int, ...]) -> Callable[[pa.Table], pa.Ta
         needed: list[dict[str, Any]] = []
         for side, mine in _tables_by_side(table).items():
             for name, of in (("slot", side), ("other_slot", other_side(side))):
-                needed += _needed_rows(of, key, np.unique(mine[name].to_numpy()), page_keys)
+                needed += _needed_rows(of, key, np.unique(mine[name].to_numpy()), paging)
         return _table_of(NEEDED, needed)
 
     return need
@@ -403,8 +402,8 @@ def change_need_finder(page_keys: tuple[int, ...]) -> Callable[[pa.Table], pa.Ta
 def page_opener(
     solver: Solver, tonight: int, drifts: dict[str, float], force: bool, levels: Levels
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
-    """A page's rows, entries and changes and the factors that these need (`MESSAGES`) as `PAGES`,
-    with tonight's changes pushed."""
+    """A page's entries, touched rows and changes and the factors that these need (`MESSAGES`) as
+    `PAGES`, with tonight's changes pushed."""
 
     def make(left: pa.Table, right: pa.Table) -> pa.Table:
         known = {
@@ -413,12 +412,13 @@ def page_opener(
         }
         made = []
         for side, state in _tables_by_side(left).items():
-            if state["n_ratings"].null_count == state.num_rows:
-                continue  # no rows of this side
-            page, other = _opened_page(state), other_side(side)
+            page, ids = _opened_page(state)
+            if not len(page.slots):
+                continue
+            other = other_side(side)
             pushes = _pushes_of(page, tonight, known[side], known[other], solver.objective)
             page = page.pushed(*pushes, drifts[other], force)
-            made.append(_page_row(side, state["page"][0].as_py(), page, levels))
+            made.append(_page_row(side, state["page"][0].as_py(), page, ids, levels))
         return _table_of(PAGES, made)
 
     return make
@@ -436,7 +436,7 @@ def result_taker(
             side = row["side"]
             page = Page.from_binary(row)
             page = _page_after(page, results[side], drifts[other_side(side)], again)
-            made.append(_page_row(side, row["page"], page, levels))
+            made.append(_page_row(side, row["page"], page, row["ids"], levels))
         return _table_of(PAGES, made)
 
     return take
@@ -445,23 +445,29 @@ def result_taker(
 def entry_unpacker(
     n_blocks: dict[str, int],
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """Pages of the ledger as `ENTRIES`."""
+    """Pages of the ledger as `ENTRIES`, those of a block by slot and one after the other."""
 
     def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         for batch in batches:
             for row in arrays_of(batch):
                 page = Page.from_binary(row)
-                yield pa.RecordBatch.from_pydict(
+                blocks = page.slots % np.int32(n_blocks[row["side"]])
+                order = np.argsort(blocks, kind="stable")
+                ids = pa.ipc.read_record_batch(row["ids"], _IDS).column(0)
+                entries = pa.table(
                     {
-                        "side": pa.array([row["side"]] * len(page.slots), pa.string()),
+                        "side": pa.array([row["side"]] * len(order), pa.string()),
+                        "id": ids,
+                        "block": blocks,
                         "slot": page.slots,
-                        "block": page.slots % np.int32(n_blocks[row["side"]]),
                         "chunk": page.chunks,
+                        "n_ratings": page.n_ratings,
                         "gradient_norm": page.gradient_norm,
                         "b_norm": page.b_norm,
                         "factor_norm": page.factor_norm,
                     }
                 )
+                yield from entries.take(order).to_batches(ENTRIES_AT_A_TIME)
 
     return unpack
 
@@ -492,9 +498,7 @@ def _patch_side(
     return PatchSide(*_known_rows(messages, rank), block, np.isinf(gradient)[order], eager)
 
 
-def _result_rows(
-    side: str, settled: SettledSide, page_keys: tuple[int, ...]
-) -> Iterator[dict[str, Any]]:
+def _result_rows(side: str, settled: SettledSide, paging: Paging) -> Iterator[dict[str, Any]]:
     """Rows of `RESULTS`."""
     totals: dict[str, Any] = {
         "gram_change": raw(settled.gram_change, np.float64),
@@ -503,10 +507,10 @@ def _result_rows(
         "scanned_ratings": settled.scanned_ratings,
     }
     factor_norm = np.linalg.norm(settled.factors.astype(np.float64), axis=1)
-    pushes = dict(_by_page(settled.push_slots, page_keys))
-    own = dict(_by_page(settled.slots, page_keys))
+    pushes = dict(paging.split(side, settled.push_slots))
+    own = dict(paging.split(side, settled.slots))
     none = np.zeros(0, np.intp)
-    for page in sorted({page_keys[0], *pushes, *own}):
+    for page in sorted({paging.keys[0], *pushes, *own}):
         rows, pushed = own.get(page, none), pushes.get(page, none)
         yield {
             "side": side,

@@ -45,11 +45,13 @@ from unlearn_spark.unlearning.ledger import drift
 from unlearn_spark.unlearning.pages import (
     NOTHING,
     PAGE_ROWS,
+    Paging,
     Summary,
 )
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
+    from pyspark.sql.group import GroupedData
 
     from unlearn_spark.als.solver import Solver
     from unlearn_spark.config import ExecutionSettings, UnlearnSettings
@@ -103,8 +105,8 @@ class Frontier:
     solver
         Objective, rank and precision.
     rows
-        By side: block, slot, n_ratings, factors - as published, and new rows. Those that left have
-        no ratings. Read when it is needed, and only the columns that are.
+        By side: slot, factors - as published, also of rows that left, and new rows. Read when they
+        are needed.
     chunks
         Packed ratings of both sides (`encoding.CHUNK_SCHEMA`).
     n_blocks
@@ -115,8 +117,9 @@ class Frontier:
         The ledger of both sides (`exchange.PAGES`); after every step true bounds.
     near
         By side the blocks whose entries `pages` has; None: all.
-    ledger, changes
-        Of the published model, and with tonight's.
+    ledger, touched, changes
+        Of the published model; the rows whose ratings change tonight; all changes since the ratings
+        were packed.
     stock
         The factors of `rows` (`exchange.STOCK`), from the first round on: a night without rounds
         reads few of them.
@@ -140,11 +143,19 @@ class Frontier:
     near: Mapping[str, Collection[int]] | None = field(init=False, default=None)
     stock: DataFrame | None = field(init=False, default=None)
     ledger: DataFrame = field(init=False)
+    touched: DataFrame = field(init=False)
     changes: DataFrame = field(init=False)
     results: list[DataFrame] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.page_keys = balanced_keys(-(-max(1, self.work.rows) // PAGE_ROWS))
+        n_pages = self._whole_waves(-(-max(1, self.work.rows) // PAGE_ROWS))
+        self.paging = Paging(balanced_keys(n_pages), self.n_blocks)
+
+    def _whole_waves(self, n_tasks: int) -> int:
+        """At least so many tasks, and such a number that none of many waits for a last few."""
+        if n_tasks <= self.parallelism:
+            return n_tasks
+        return -(-n_tasks // self.parallelism) * self.parallelism
 
     @property
     def mark(self) -> float:
@@ -157,8 +168,15 @@ class Frontier:
 
     @property
     def _page(self) -> Column:
-        """The key of the page that a slot lies in."""
-        return part_key("slot", self.page_keys).alias("page")
+        """The key of the page that a block lies in."""
+        return part_key("block", self.paging.keys).alias("page")
+
+    def _by_page(self, frame: DataFrame) -> GroupedData:
+        """Rows that have a `page`, grouped by it, a task for each page.
+
+        With the session's number of partitions several would meet in one, while others stay empty.
+        """
+        return frame.repartition(len(self.paging.keys), "page").groupBy("page")
 
     @property
     def _levels(self) -> exchange.Levels:
@@ -183,7 +201,8 @@ class Frontier:
         )
 
     def entries(self) -> DataFrame:
-        """The ledger of both sides as rows: side, slot, block, chunk and the three norms."""
+        """The ledger of both sides as rows (`exchange.ENTRIES`); all of a block lie in one
+        partition, one behind the other."""
         return self.pages.mapInArrow(exchange.entry_unpacker(self.n_blocks), exchange.ENTRIES)
 
     def ratings_of(
@@ -223,6 +242,7 @@ class Frontier:
     def open(
         self,
         ledger: DataFrame,
+        touched: Mapping[str, DataFrame],
         earlier: DataFrame,
         news: DataFrame,
         named: Mapping[str, DataFrame],
@@ -235,7 +255,11 @@ class Frontier:
         Parameters
         ----------
         ledger
-            side, block, slot, chunk, gradient_norm, b_norm, factor_norm; of rows that left as well.
+            side, id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm: one entry
+            for every row of the published model.
+        touched
+            By side: id, block, slot, n_ratings of rows whose ratings changed, new ones among them,
+            as they are now.
         earlier, news
             side, block, slot, other_slot, value, change (-1 removed, +1 added), model_version:
             changes since the chunks were packed, and tonight's.
@@ -251,19 +275,18 @@ class Frontier:
             round starts: none of their bounds exceeds tau, and no Gram matrix changed.
         """
         drifts = {s: drift(m) if m is not None else 0.0 for s, m in gram_changes.items()}
-        needed = (
-            news.select("side", self._page, "slot", "other_slot")
-            .groupBy("page")
-            .applyInArrow(exchange.change_need_finder(self.page_keys), exchange.NEEDED)
+        needed = self._by_page(news.select("side", self._page, "slot", "other_slot")).applyInArrow(
+            exchange.change_need_finder(self.paging), exchange.NEEDED
         )
         force = self.settings.direct_rows == "resolve"
         opener = exchange.page_opener(self.solver, tonight, drifts, force, self._levels)
-        self.ledger, self.changes = ledger, earlier.unionByName(news)
+        self.ledger, self.touched = ledger, _sides(touched)
+        self.changes = earlier.unionByName(news)
         self.near = near
+        messages = self._fetched(needed, self._packed(named))
         self.pages = self._checkpoint(
-            self._states(_in_blocks(near))
-            .groupBy("page")
-            .cogroup(self._fetched(needed, self._packed(named)).groupBy("key"))
+            self._by_page(self._states(_in_blocks(near)))
+            .cogroup(messages.repartition(len(self.paging.keys), "key").groupBy("key"))
             .applyInArrow(opener, exchange.PAGES)
         )
         for side, change in gram_changes.items():
@@ -275,25 +298,24 @@ class Frontier:
         opener = exchange.page_opener(
             self.solver, 0, dict.fromkeys(SIDES, 0.0), False, self._levels
         )
-        others = (
-            self._states(~_in_blocks(self.near))
-            .groupBy("page")
-            .applyInArrow(lambda state: opener(state, exchange.NO_MESSAGES), exchange.PAGES)
+        others = self._by_page(self._states(~_in_blocks(self.near))).applyInArrow(
+            lambda state: opener(state, exchange.NO_MESSAGES), exchange.PAGES
         )
         self.near = None
         self.pages = self.pages.unionByName(self._checkpoint(others))
 
     def _states(self, where: Column) -> DataFrame:
-        """Rows, entries and changes in some blocks, by page; they are told apart by what they
-        lack."""
-        rows = _sides(self.rows).where("n_ratings > 0")
+        """Entries, touched rows and changes in some blocks, by page; they are told apart by what
+        they lack."""
+        place = ("side", self._page, "slot")
+        counted = (F.col("id").cast("string").alias("id"), "n_ratings")
         norms = ("gradient_norm", "b_norm", "factor_norm")
         changed = ("other_slot", "value", "change", "model_version")
         return _union(
             [
-                rows.where(where).select("side", self._page, "slot", "n_ratings"),
-                self.ledger.where(where).select("side", self._page, "slot", "chunk", *norms),
-                self.changes.where(where).select("side", self._page, "slot", *changed),
+                self.ledger.where(where).select(*place, *counted, "chunk", *norms),
+                self.touched.where(where).select(*place, *counted),
+                self.changes.where(where).select(*place, *changed),
             ]
         )
 
@@ -378,8 +400,8 @@ class Frontier:
         taker = exchange.result_taker(drifts, ratings <= PATCH_RATINGS, self._levels)
         news = result.drop("factors", *[name for name in exchange.TOTALS if name != "side"])
         self.pages = self._checkpoint(
-            self.pages.groupBy("page")
-            .cogroup(news.groupBy("page"))
+            self._by_page(self.pages)
+            .cogroup(self._by_page(news))
             .applyInArrow(taker, exchange.PAGES)
         )
         self.results.append(result.withColumn("round", F.lit(self.rounds)))
@@ -393,7 +415,7 @@ class Frontier:
 
     def _packed(self, rows: Mapping[str, DataFrame]) -> DataFrame:
         """Factor rows (slot, factors) of both sides as `exchange.STOCK`."""
-        pack = exchange.packer(self.solver.rank, self.page_keys)
+        pack = exchange.packer(self.solver.rank, self.paging)
         return _sides(rows).select("side", "slot", "factors").mapInArrow(pack, exchange.STOCK)
 
     def _fetched(self, needed: DataFrame, stock: DataFrame) -> DataFrame:
@@ -406,8 +428,8 @@ class Frontier:
         if self.results:
             stock = stock.unionByName(self._all_results())
         return (
-            needed.groupBy("page")
-            .cogroup(stock.groupBy("page"))
+            self._by_page(needed)
+            .cogroup(self._by_page(stock))
             .applyInArrow(exchange.fetcher(self.solver.rank), exchange.MESSAGES)
         )
 
@@ -422,22 +444,20 @@ class Frontier:
         n_parts = -(-ratings // self.execution.part_ratings)
         if len(patch) == 1:
             n_parts = max(n_parts, min(self.parallelism, ratings // TASK_RATINGS), 1)
-            if n_parts > self.parallelism:  # whole waves of tasks
-                n_parts = -(-n_parts // self.parallelism) * self.parallelism
+            n_parts = self._whole_waves(n_parts)
         keys = balanced_keys(n_parts)
-        page_keys = self.page_keys
         spare = max(SPARE_RATINGS, SPARE_SHARE * 2 * self.work.ratings)
         parts = self.ratings_of(patch, keys, places).persist()
         if self.stock is None:
             self.stock = self._packed(self.rows).persist()
-        needed = parts.mapInArrow(exchange.need_finder(page_keys), exchange.NEEDED)
+        needed = parts.mapInArrow(exchange.need_finder(self.paging), exchange.NEEDED)
         messages = self._fetched(needed, self.stock)
         levels = (self.settings.tau, self.mark)
         settled = (
             parts.groupBy("key")
             .cogroup(messages.repartition(len(keys), "key").groupBy("key"))
             .applyInArrow(
-                exchange.settler(self.solver, levels, self.grams, spare, eager, page_keys),
+                exchange.settler(self.solver, levels, self.grams, spare, eager, self.paging),
                 exchange.RESULTS,
             )
         )

@@ -283,10 +283,7 @@ class Night:
                 grams[side] = gram_of(rows, self.als.rank)
         self.frontier = Frontier(
             solver=solver_of(self.als),
-            rows={
-                side: self.rows[side].select("block", "slot", "n_ratings", "factors")
-                for side in SIDES
-            },
+            rows={side: self.rows[side].select("slot", "factors") for side in SIDES},
             chunks=store.read(factors.RATING_BLOCKS, model.rating_blocks_version),
             settings=settings.unlearn,
             execution=settings.execution,
@@ -389,6 +386,7 @@ class Night:
         frontier, store, model = self.frontier, self.store, self.model
         frontier.open(
             store.read(factors.LEDGER, model.ledger_version),
+            self.touched,
             store.read(factors.RATING_CHANGES, model.rating_changes_version),
             self.new_changes,
             {side: self._named_rows(side) for side in SIDES},
@@ -496,27 +494,13 @@ class Night:
     def _partial_writes(self) -> dict[str, Callable[[], int]]:
         store = self.store
         writes: dict[str, Callable[[], int]] = {}
-        near = self.frontier.near
-        identities = []
         for side in SIDES:
-            rows = self._present(side)
-            identities.append(
-                self._in(near, side, rows).select(
-                    F.lit(side).alias("side"), "slot", F.col("id").cast("string").alias("id")
-                )
-            )
             if self.blocks[side]:
-                changed = self.frontier.current(side, self._in(self.blocks, side, rows))
+                rows = self._in(self.blocks, side, self._present(side))
+                changed = self.frontier.current(side, rows)
                 writes[f"{side}_factors_version"] = _writer(store, side, changed, self.blocks[side])
-        ledger = (
-            self.frontier.entries()
-            .join(identities[0].unionByName(identities[1]), ["side", "slot"])
-            .withColumns({"bound": factors.bound_expression(), "drift_mark": F.lit(0.0)})
-        )
-        writes["ledger_version"] = lambda: (
-            factors.write_ledger(store, ledger)
-            if near is None
-            else factors.replace_ledger_blocks(store, ledger, near)
+        writes["ledger_version"] = lambda: factors.replace_ledger(
+            store, self.frontier.entries(), self.frontier.near
         )
         writes["rating_changes_version"] = lambda: store.append(
             factors.RATING_CHANGES, self.new_changes

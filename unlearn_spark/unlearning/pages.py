@@ -1,7 +1,7 @@
 """The ledger while a night works on it: entries of many rows as plain arrays, a page at a time.
 
-A page holds every row of one side with `slot % n_pages == page`, and the changes in their ratings
-that are not packed into the rating blocks yet. Steps of the frontier loop are a few passes over
+A page holds every row of some blocks of one side (`Paging`), and the changes in their ratings that
+are not packed into the rating blocks yet. Steps of the frontier loop are a few passes over
 its arrays; as rows of a table each of them would be half a dozen Spark jobs.
 
 NumPy only: nothing here knows Spark.
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from unlearn_spark.als.blocks import RatingBlock, concatenate, pair_keys, places_in, raw
 from unlearn_spark.als.kernel import relative_residual
 
-PAGE_ROWS = 200_000
-"""Rows of one side in a page, about."""
+PAGE_ROWS = 100_000
+"""Rows of both sides that one task has before it, about."""
 
 MOST_PLACES = 512
 """Beyond this many chunks whole blocks are looked through."""
@@ -28,6 +28,29 @@ MOST_PLACES = 512
 CHOICES = ("marked", "looked", "either")
 """Which rows a round may look at: those over the mark, those that the round before looked at, or
 both."""
+
+
+@dataclass(frozen=True)
+class Paging:
+    """Which page a row lies in: with all others of its block, so that pages are written back as
+    whole files.
+
+    Attributes
+    ----------
+    keys
+        By number of a page the key by which Spark groups it.
+    n_blocks
+        By side.
+    """
+
+    keys: tuple[int, ...]
+    n_blocks: Mapping[str, int]
+
+    def split(self, side: str, slots: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.intp]]]:
+        """(key of a page, places in `slots` of its rows)."""
+        numbers = slots % np.int32(self.n_blocks[side]) % np.int32(len(self.keys))
+        for number in np.unique(numbers):
+            yield self.keys[number], np.flatnonzero(numbers == number)
 
 
 @dataclass(frozen=True)
@@ -161,34 +184,38 @@ class Page:
     @classmethod
     def opened(
         cls,
-        slots: NDArray[np.int32],
-        n_ratings: NDArray[np.int32],
         stored: Mapping[str, NDArray[Any]],
+        touched: Mapping[str, NDArray[np.int32]],
         changes: RatingChanges,
     ) -> Page:
-        """The page of these rows.
+        """The page of the rows that have ratings now.
 
         Parameters
         ----------
         stored
-            slots, chunks, gradient_norm, b_norm, factor_norm: the entries that the published model
-            has, of rows that left as well. A row without an entry is new and must be solved.
+            slots, chunks, n_ratings, gradient_norm, b_norm, factor_norm: the entries of the
+            published model.
+        touched
+            slots and n_ratings of rows whose ratings changed, as they are now; with none they
+            leave. One that has no entry is new, and must be solved.
         """
-        order = np.argsort(slots)
-        slots, n_ratings = slots[order], n_ratings[order]
-        places, known = places_in(stored["slots"], slots)
+        slots = np.union1d(stored["slots"], touched["slots"])
         n = len(slots)
-        chunks, gradient = np.full(n, -1, np.int32), np.full(n, np.inf)
-        b_norm, factor_norm = np.zeros(n), np.ones(n)
-        for array, name in (
-            (chunks, "chunks"),
-            (gradient, "gradient_norm"),
-            (b_norm, "b_norm"),
-            (factor_norm, "factor_norm"),
-        ):
-            array[places] = stored[name][known]
-        false = np.zeros(n, np.bool_)
-        return cls(slots, chunks, n_ratings, gradient, b_norm, factor_norm, false, false, changes)
+        arrays = {
+            "chunks": np.full(n, -1, np.int32),
+            "n_ratings": np.zeros(n, np.int32),
+            "gradient_norm": np.full(n, np.inf),
+            "b_norm": np.zeros(n),
+            "factor_norm": np.ones(n),
+        }
+        places = np.searchsorted(slots, stored["slots"])
+        for name, array in arrays.items():
+            array[places] = stored[name]
+        arrays["n_ratings"][np.searchsorted(slots, touched["slots"])] = touched["n_ratings"]
+        here = arrays["n_ratings"] > 0
+        kept = {name: array[here] for name, array in arrays.items()}
+        false = np.zeros(int(here.sum()), np.bool_)
+        return cls(slots=slots[here], **kept, looked=false, solved=false, changes=changes)
 
     @property
     def bound(self) -> NDArray[np.float64]:
