@@ -83,6 +83,8 @@ changes since."""
 NEEDED = "side string, page int, key int, slots binary"
 """Rows of a page whose factors the task with this key needs."""
 
+ASKED = "side string, slot int"
+
 MESSAGES = "side string, key int, slots binary, factors binary"
 """The answer."""
 
@@ -290,6 +292,15 @@ def need_finder(
                 yield from _table_of(NEEDED, [row]).to_batches()
 
     return need
+
+
+def need_unpacker(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+    """Needed rows (`NEEDED`) one by one (`ASKED`)."""
+    for batch in batches:
+        for row in arrays_of(batch):
+            slots = np.frombuffer(row["slots"], np.int32)
+            sides = pa.array([row["side"]] * len(slots), pa.string())
+            yield pa.RecordBatch.from_pydict({"side": sides, "slot": slots})
 
 
 def _needed_rows(

@@ -71,6 +71,10 @@ PATCH_RATINGS = 1_000_000
 """Up to so many ratings a round takes what the round before looked at along with what is over the
 mark: the two may pull at each other."""
 
+FEW_SHARE = 0.25
+"""A patch with fewer ratings than this share of all rows picks the factors that it needs where they
+are read; for more, all are packed, and kept for the rounds to come."""
+
 SPARE_SHARE, SPARE_RATINGS = 0.02, 10_000
 """What a patch may solve again and again within a round: this share of a sweep's ratings, or so
 many where that is more."""
@@ -121,8 +125,7 @@ class Frontier:
         Of the published model; the rows whose ratings change tonight; all changes since the ratings
         were packed.
     stock
-        The factors of `rows` (`exchange.STOCK`), from the first round on: a night without rounds
-        reads few of them.
+        The factors of `rows` (`exchange.STOCK`), from the first round on that needs many of them.
     results
         Of each round (`exchange.RESULTS`), oldest first.
     """
@@ -283,7 +286,7 @@ class Frontier:
         self.ledger, self.touched = ledger, _sides(touched)
         self.changes = earlier.unionByName(news)
         self.near = near
-        messages = self._fetched(needed, self._packed(named))
+        messages = self._fetched(needed, self._packed(_sides(named)))
         self.pages = self._checkpoint(
             self._by_page(self._states(_in_blocks(near)))
             .cogroup(messages.repartition(len(self.paging.keys), "key").groupBy("key"))
@@ -413,10 +416,22 @@ class Frontier:
         wanted = ("side", "page", "slots", "factors", "solved", "round")
         return _union([frame.select(*wanted) for frame in self.results])
 
-    def _packed(self, rows: Mapping[str, DataFrame]) -> DataFrame:
-        """Factor rows (slot, factors) of both sides as `exchange.STOCK`."""
+    def _stock_for(self, needed: DataFrame, ratings: int) -> DataFrame:
+        """Factors (`exchange.STOCK`) of the needed rows (`exchange.NEEDED`) at least, of a patch of
+        so many ratings."""
+        if self.stock is not None:
+            return self.stock
+        rows = _sides(self.rows)
+        if ratings <= FEW_SHARE * self.work.rows:
+            asked = needed.mapInArrow(exchange.need_unpacker, exchange.ASKED)
+            return self._packed(rows.join(F.broadcast(asked), ["side", "slot"], "left_semi"))
+        self.stock = self._packed(rows).persist()
+        return self.stock
+
+    def _packed(self, rows: DataFrame) -> DataFrame:
+        """Factor rows (side, slot, factors) as `exchange.STOCK`."""
         pack = exchange.packer(self.solver.rank, self.paging)
-        return _sides(rows).select("side", "slot", "factors").mapInArrow(pack, exchange.STOCK)
+        return rows.select("side", "slot", "factors").mapInArrow(pack, exchange.STOCK)
 
     def _fetched(self, needed: DataFrame, stock: DataFrame) -> DataFrame:
         """Factors as they are now (`exchange.MESSAGES`) of needed rows (`exchange.NEEDED`)."""
@@ -448,10 +463,8 @@ class Frontier:
         keys = balanced_keys(n_parts)
         spare = max(SPARE_RATINGS, SPARE_SHARE * 2 * self.work.ratings)
         parts = self.ratings_of(patch, keys, places).persist()
-        if self.stock is None:
-            self.stock = self._packed(self.rows).persist()
         needed = parts.mapInArrow(exchange.need_finder(self.paging), exchange.NEEDED)
-        messages = self._fetched(needed, self.stock)
+        messages = self._fetched(needed, self._stock_for(needed, ratings))
         levels = (self.settings.tau, self.mark)
         settled = (
             parts.groupBy("key")

@@ -283,7 +283,7 @@ class Night:
                 grams[side] = gram_of(rows, self.als.rank)
         self.frontier = Frontier(
             solver=solver_of(self.als),
-            rows={side: self.rows[side].select("slot", "factors") for side in SIDES},
+            rows={side: self._vectors(side) for side in SIDES},
             chunks=store.read(factors.RATING_BLOCKS, model.rating_blocks_version),
             settings=settings.unlearn,
             execution=settings.execution,
@@ -364,6 +364,13 @@ class Night:
         rows = rows.withColumn("n_ratings", F.coalesce("now", "n_ratings"))
         rows = rows.select("id", "block", "slot", "n_ratings", "factors")
         return rows.unionByName(self._new_rows(side)) if self.changes.n_added else rows
+
+    def _vectors(self, side: str) -> DataFrame:
+        """slot, factors of the published rows, of those that leave as well, and of the new ones."""
+        rows = self.published[side].select("slot", "factors")
+        if not self.changes.n_added:
+            return rows
+        return rows.unionByName(self._new_rows(side).select("slot", "factors"))
 
     def _named_rows(self, side: str) -> DataFrame:
         """The rows that tonight's changes name, as `_rows` has them."""
