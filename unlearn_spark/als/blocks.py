@@ -268,17 +268,17 @@ def split_into_chunks(
 ) -> Iterator[tuple[int, int, RatingBlock]]:
     """(block number, chunk number, ratings) for storage, see `chunk_numbers`."""
     numbers = chunk_numbers(block.slots, block.counts, n_blocks, chunk_ratings)
-    places = pair_keys(block.slots % n_blocks, numbers)
-    order = np.argsort(places, kind="stable")
-    starts = np.flatnonzero(np.diff(places[order], prepend=-1))
+    order = np.argsort(numbers, kind="stable")
+    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
     for first, last in zip(starts, [*starts[1:], len(order)], strict=True):
         rows = order[first:last]
         entries = ranges(block.indptr[rows], block.indptr[rows + 1])
         counts = block.counts[rows]
         indptr = _starts(counts)
+        number = int(numbers[rows[0]])
         yield (
-            int(block.slots[rows[0]] % n_blocks),
-            int(numbers[rows[0]]),
+            number % n_blocks,
+            number,
             RatingBlock(block.slots[rows], indptr, block.others[entries], block.values[entries]),
         )
 

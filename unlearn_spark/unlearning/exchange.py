@@ -21,7 +21,6 @@ from unlearn_spark.als.blocks import (
     RatingBlock,
     distinct,
     other_side,
-    pair_keys,
     places_in,
     raw,
 )
@@ -130,11 +129,14 @@ def _opened_page(state: pa.Table) -> tuple[Page, pa.Buffer]:
     rows = state.filter(pa.compute.invert(is_change))
     is_stored = rows["gradient_norm"].is_valid()
     stored, touched = rows.filter(is_stored), rows.filter(pa.compute.invert(is_stored))
-    names = {"slots": "slot", "chunks": "chunk"}
-    entries = ("slots", "chunks", "n_ratings", "gradient_norm", "b_norm", "factor_norm")
+    numbers = ("n_ratings", "gradient_norm", "b_norm", "factor_norm")
     page = Page.opened(
-        {name: stored[names.get(name, name)].to_numpy() for name in entries},
-        {name: touched[names.get(name, name)].to_numpy() for name in ("slots", "n_ratings")},
+        {
+            "slots": stored["slot"].to_numpy(),
+            "chunks": stored["chunk"].to_numpy(),
+            **{name: stored[name].to_numpy() for name in numbers},
+        },
+        {"slots": touched["slot"].to_numpy(), "n_ratings": touched["n_ratings"].to_numpy()},
         RatingChanges(
             *(
                 changes[name].to_numpy()
@@ -221,14 +223,13 @@ def chunk_finder(
     def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         side, page = row["side"], Page.from_binary(row)
         chosen = page.chosen(patch[side], mark) & (page.chunks >= 0)
-        slots = page.slots[chosen]
-        places = pair_keys(slots % np.int32(n_blocks[side]), page.chunks[chosen])
-        for place in np.unique(places):
+        slots, chunks = page.slots[chosen], page.chunks[chosen]
+        for chunk in np.unique(chunks).tolist():
             yield {
                 "side": side,
-                "block": int(place >> 32),
-                "chunk": int(place & 0xFFFFFFFF),
-                "wanted": raw(slots[places == place], np.int32),
+                "block": chunk % n_blocks[side],
+                "chunk": chunk,
+                "wanted": raw(slots[chunks == chunk], np.int32),
             }
 
     return _mapped(find, WANTED, one_batch=True)
@@ -456,20 +457,18 @@ def result_taker(
 def entry_unpacker(
     n_blocks: dict[str, int],
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """Pages of the ledger as `ENTRIES`, those of a block by slot and one after the other."""
+    """Pages of the ledger as `ENTRIES`."""
 
     def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         for batch in batches:
             for row in arrays_of(batch):
                 page = Page.from_binary(row)
-                blocks = page.slots % np.int32(n_blocks[row["side"]])
-                order = np.argsort(blocks, kind="stable")
                 ids = pa.ipc.read_record_batch(row["ids"], _IDS).column(0)
                 entries = pa.table(
                     {
-                        "side": pa.array([row["side"]] * len(order), pa.string()),
+                        "side": pa.array([row["side"]] * len(ids), pa.string()),
                         "id": ids,
-                        "block": blocks,
+                        "block": page.slots % np.int32(n_blocks[row["side"]]),
                         "slot": page.slots,
                         "chunk": page.chunks,
                         "n_ratings": page.n_ratings,
@@ -478,7 +477,7 @@ def entry_unpacker(
                         "factor_norm": page.factor_norm,
                     }
                 )
-                yield from entries.take(order).to_batches(ENTRIES_AT_A_TIME)
+                yield from entries.to_batches(ENTRIES_AT_A_TIME)
 
     return unpack
 

@@ -205,7 +205,7 @@ class Frontier:
 
     def entries(self) -> DataFrame:
         """The ledger of both sides as rows (`exchange.ENTRIES`); all of a block lie in one
-        partition, one behind the other."""
+        partition."""
         return self.pages.mapInArrow(exchange.entry_unpacker(self.n_blocks), exchange.ENTRIES)
 
     def ratings_of(

@@ -362,15 +362,17 @@ class Night:
         now = self.touched[side].where("NOT is_new").select("slot", F.col("n_ratings").alias("now"))
         rows = self.published[side].join(F.broadcast(now), "slot", "left")
         rows = rows.withColumn("n_ratings", F.coalesce("now", "n_ratings"))
-        rows = rows.select("id", "block", "slot", "n_ratings", "factors")
-        return rows.unionByName(self._new_rows(side)) if self.changes.n_added else rows
+        return self._with_new(side, rows.select("id", "block", "slot", "n_ratings", "factors"))
 
     def _vectors(self, side: str) -> DataFrame:
         """slot, factors of the published rows, of those that leave as well, and of the new ones."""
-        rows = self.published[side].select("slot", "factors")
+        return self._with_new(side, self.published[side].select("slot", "factors"))
+
+    def _with_new(self, side: str, rows: DataFrame) -> DataFrame:
+        """Some columns of published rows, and the same of the new ones."""
         if not self.changes.n_added:
             return rows
-        return rows.unionByName(self._new_rows(side).select("slot", "factors"))
+        return rows.unionByName(self._new_rows(side).select(*rows.columns))
 
     def _named_rows(self, side: str) -> DataFrame:
         """The rows that tonight's changes name, as `_rows` has them."""
