@@ -48,8 +48,5 @@ def read(store: Store, model: ModelVersion) -> DataFrame | None:
 def append(store: Store, model: ModelVersion, rows: DataFrame) -> int:
     """Add receipts after those of `model`; what a dead job left behind is dropped first."""
     store.create(TABLE, SPEC)
-    if model.receipts_version is not None:
-        store.restore(TABLE, model.receipts_version)
-    elif store.read(TABLE).limit(1).count():
-        store.restore(TABLE, 0)
+    store.restore(TABLE, model.receipts_version or 0)
     return store.append(TABLE, rows.select(*SPEC.schema.names))

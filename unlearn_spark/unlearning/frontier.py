@@ -248,7 +248,6 @@ class Frontier:
         touched: Mapping[str, DataFrame],
         earlier: DataFrame,
         news: DataFrame,
-        named: Mapping[str, DataFrame],
         tonight: int,
         gram_changes: Mapping[str, NDArray[np.float64] | None],
         near: Mapping[str, Collection[int]] | None = None,
@@ -261,13 +260,11 @@ class Frontier:
             side, id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm: one entry
             for every row of the published model.
         touched
-            By side: id, block, slot, n_ratings of rows whose ratings changed, new ones among them,
-            as they are now.
+            By side: id, block, slot, n_ratings, factors of rows whose ratings changed, new ones
+            among them, as they are now; of those that left the factors that they had.
         earlier, news
             side, block, slot, other_slot, value, change (-1 removed, +1 added), model_version:
             changes since the chunks were packed, and tonight's.
-        named
-            By side: slot, factors of all rows that tonight's changes name.
         tonight
             The `model_version` of tonight's changes.
         gram_changes
@@ -286,7 +283,7 @@ class Frontier:
         self.ledger, self.touched = ledger, _sides(touched)
         self.changes = earlier.unionByName(news)
         self.near = near
-        messages = self._fetched(needed, self._packed(_sides(named)))
+        messages = self._fetched(needed, self._packed(self.touched))
         self.pages = self._checkpoint(
             self._by_page(self._states(_in_blocks(near)))
             .cogroup(messages.repartition(len(self.paging.keys), "key").groupBy("key"))

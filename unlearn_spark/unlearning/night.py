@@ -50,6 +50,9 @@ MODEL_TABLES = ("user_factors", "item_factors", "ledger", "rating_blocks", "rati
 NEAR_SHARE = 0.5
 """Of all rows: a night whose changes lie in blocks with more opens the whole ledger at once."""
 
+SMALL_RATINGS = 5_000_000
+"""A night that changes users in blocks with more ratings compiles its queries."""
+
 
 @dataclass(frozen=True)
 class Tonight:
@@ -65,6 +68,16 @@ class Tonight:
     progress: Callable[[str], None]
     kind: str
     started: float
+
+    @property
+    def is_small(self) -> bool:
+        """Is what is read little enough for `SMALL_QUERIES`?
+
+        Delta's merge, which deletes ratings, reads all rows of the files in which it finds some:
+        of all ratings about the share that the users' blocks are of all blocks.
+        """
+        n_blocks = self.model.settings["layouts"]["user"]["n_blocks"]
+        return self.sizes.ratings * len(self.changes.blocks["user"]) / n_blocks <= SMALL_RATINGS
 
     def retained(self) -> DataFrame:
         """user_id, item_id, rating: what the model may know in the morning."""
@@ -103,21 +116,16 @@ def run_night(
     ConflictError
         Another job published meanwhile; nothing became visible.
     """
-    with session_conf(store.spark, SMALL_QUERIES):
-        return _run_night(store, settings, progress, kind)
-
-
-def _run_night(
-    store: Store, settings: Settings, progress: Callable[[str], None], kind: str
-) -> dict[str, Any]:
     started = time.perf_counter()
-    model = models.published(store)
-    found: dict[str, Any] = publishing.together(
-        {
-            "changes": lambda: collect_changes(store, model, settings.execution.checkpoint),
-            "sizes": lambda: models.sizes(store, model),
-        }
-    )
+    with session_conf(store.spark, SMALL_QUERIES):
+        model = models.published(store)
+        found: dict[str, Any] = publishing.together(
+            {
+                "changes": lambda: collect_changes(store, model, settings.execution.checkpoint),
+                "sizes": lambda: models.sizes(store, model),
+                "logs": partial(read_logs, store, model),
+            }
+        )
     changes: Changes = found["changes"]
     idle = not changes.n_requests and (kind == "unlearn" or not changes.n_added)
     if idle:
@@ -134,17 +142,17 @@ def _run_night(
             "ingest other ratings first"
         )
     tonight = Tonight(store, settings, model, changes, sizes, n_ratings, progress, kind, started)
-    # A night mostly waits, and a job that dies after this finds the same work again.
-    deletion = ThreadPoolExecutor(1).submit(_delete_ratings, store, changes)
-    night = None
-    if changes.are_large(sizes.ratings):
-        progress("these are many: sweeping everything from the published factors")
-    else:
-        night = Night(tonight)
-    if night is not None and night.work():
-        version, figures = night.publish(deletion)
-    else:
-        version, figures = _sweep(tonight, night, deletion)
+    night, done = None, None
+    with session_conf(store.spark, SMALL_QUERIES if tonight.is_small else {}):
+        # A night mostly waits, and a job that dies after this finds the same work again.
+        deletion = ThreadPoolExecutor(1).submit(_delete_ratings, store, changes)
+        if changes.are_large(sizes.ratings):
+            progress("these are many: sweeping everything from the published factors")
+        else:
+            night = Night(tonight)
+            if night.work():
+                done = night.publish(deletion)
+    version, figures = done or _sweep(tonight, night, deletion)
     failed = {} if version.certificate["holds"] else {"exit_code": 1}
     if failed:
         progress(
@@ -230,6 +238,18 @@ def restore(store: Store, model: ModelVersion) -> dict[str, int]:
     return publishing.together(tasks)
 
 
+def read_logs(store: Store, model: ModelVersion) -> None:
+    """Have Delta read the logs of the model's own tables, and keep what it found.
+
+    Every plan over such a table waits for that once, and there is time for it, one by one, while
+    the changes are collected.
+    """
+    for table in MODEL_TABLES:
+        version = getattr(model, f"{table}_version")
+        if version is not None:
+            store.read(table, version).where("block < 0").count()
+
+
 class Night:
     """The published model with tonight's changes put in, and the loop that mends it."""
 
@@ -246,16 +266,22 @@ class Night:
         self.touched: dict[str, DataFrame] = publishing.together(
             {side: partial(self._touched, side) for side in SIDES}
         )
-        sizes = aggregates_of(
-            self.touched,
+        counts = (
             F.expr("count_if(is_new) - count_if(NOT is_new AND n_ratings <= 0)"),
             F.coalesce(F.max("slot"), F.lit(0)),
         )
+        found: dict[str, Any] = publishing.together(
+            {
+                "sizes": lambda: aggregates_of(self.touched, *counts),
+                "slotted": lambda: self._kept(self._slotted()),
+                "parallelism": lambda: session_parallelism(store.spark),
+            }
+        )
+        sizes, slotted = found["sizes"], found["slotted"]
         before = {"user": tonight.sizes.users, "item": tonight.sizes.items}
         self.n_rows = {side: before[side] + sizes[side][0] for side in SIDES}
         for side in SIDES:
             self.layouts[side]["n_slots"] = max(self.layouts[side]["n_slots"], sizes[side][1] + 1)
-        slotted = self._kept(self._slotted())
         changed = [
             slotted.select(
                 F.lit(side).alias("side"),
@@ -276,7 +302,7 @@ class Night:
         grams: dict[str, NDArray[np.float64]] = {}
         if self.als.implicit_prefs:
             for side, rows in self.published.items():
-                left = self._named_rows(side).where("n_ratings <= 0")
+                left = self.touched[side].where("n_ratings <= 0")
                 gram_changes[side] = -gram_of(left, self.als.rank)
                 if self.changes.n_added:
                     gram_changes[side] += gram_of(self._new_rows(side), self.als.rank)
@@ -287,7 +313,7 @@ class Night:
             chunks=store.read(factors.RATING_BLOCKS, model.rating_blocks_version),
             settings=settings.unlearn,
             execution=settings.execution,
-            parallelism=session_parallelism(store.spark),
+            parallelism=found["parallelism"],
             n_blocks={side: self.layouts[side]["n_blocks"] for side in SIDES},
             work=Work(self.als.rank, tonight.n_ratings, sum(self.n_rows.values())),
             progress=tonight.progress,
@@ -305,17 +331,17 @@ class Night:
         return rows if blocks is None else rows.where(in_blocks(blocks[side]))
 
     def _touched(self, side: str) -> DataFrame:
-        """Rows whose ratings change, new ones among them: id, block, slot, is_new, and as
-        `n_ratings` how many they have now; none where they leave."""
+        """Rows whose ratings change, new ones among them: the columns of the factor table, with as
+        `n_ratings` how many they have now, none where they leave; and is_new."""
         deltas = self.changes.pairs.groupBy(F.col(f"{side}_id").alias("id")).agg(
             F.sum("change").alias("delta")
         )
         published = self._in(self.changes.blocks, side, self.published[side])
-        rows = published.select("id", "block", "slot", "n_ratings").join(F.broadcast(deltas), "id")
-        rows = rows.withColumn("is_new", F.lit(False))
+        rows = published.join(F.broadcast(deltas), "id").withColumn("is_new", F.lit(False))
         if self.changes.n_added:
             unknown = deltas.where("delta > 0").join(published.select("id"), "id", "left_anti")
-            rows = rows.unionByName(self._placed(side, unknown, published))
+            placed = self._placed(side, unknown, published)
+            rows = rows.unionByName(self._begun(side, placed).withColumn("is_new", F.lit(True)))
         n_ratings = (F.col("n_ratings") + F.col("delta")).cast("int")
         return self._kept(rows.withColumn("n_ratings", n_ratings).drop("delta"))
 
@@ -333,12 +359,10 @@ class Night:
             (last + order * F.lit(n_blocks)).cast("int").alias("slot"),
             F.lit(0).alias("n_ratings"),
             "delta",
-            F.lit(True).alias("is_new"),
         )
 
-    def _new_rows(self, side: str) -> DataFrame:
-        """The new rows of a side with the factors that they start from, in the columns of the
-        factor table."""
+    def _begun(self, side: str, rows: DataFrame) -> DataFrame:
+        """New rows with the factors that they start from."""
         rank, seed, nonnegative = self.als.rank, self.als.seed, self.als.nonnegative
 
         def begin(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
@@ -348,12 +372,13 @@ class Night:
                 columns = {name: batch.column(name) for name in batch.schema.names[:-1]}
                 yield from pa.table({**columns, "factors": list_column(y)}).to_batches()
 
-        new = self.touched[side].where("is_new")
-        rows = new.select("id", "block", "slot", "n_ratings", F.xxhash64("id").alias("hash"))
-        schema = self.published[side].schema
-        names = (*rows.schema.names[:-1], "factors")
-        kinds = ", ".join(f"{name} {schema[name].dataType.simpleString()}" for name in names)
-        return rows.mapInArrow(begin, kinds)
+        kinds = [f"{field.name} {field.dataType.simpleString()}" for field in rows.schema.fields]
+        hashed = rows.withColumn("hash", F.xxhash64("id"))
+        return hashed.mapInArrow(begin, ", ".join([*kinds, "factors array<float>"]))
+
+    def _new_rows(self, side: str) -> DataFrame:
+        """The new rows of a side in the columns of the factor table."""
+        return self.touched[side].where("is_new").drop("is_new")
 
     def _rows(self, side: str) -> DataFrame:
         """Published rows and the new ones, in the columns of the factor table, with as many ratings
@@ -374,11 +399,6 @@ class Night:
             return rows
         return rows.unionByName(self._new_rows(side).select(*rows.columns))
 
-    def _named_rows(self, side: str) -> DataFrame:
-        """The rows that tonight's changes name, as `_rows` has them."""
-        blocks = self._in(self.changes.blocks, side, self.rows[side])
-        return blocks.join(F.broadcast(self.touched[side].select("slot")), "slot", "left_semi")
-
     def _slotted(self) -> DataFrame:
         """Tonight's pairs by slot."""
         pairs = self.changes.pairs
@@ -398,7 +418,6 @@ class Night:
             self.touched,
             store.read(factors.RATING_CHANGES, model.rating_changes_version),
             self.new_changes,
-            {side: self._named_rows(side) for side in SIDES},
             self.version,
             self.gram_changes,
             self._near(),
@@ -520,7 +539,7 @@ class Night:
 def _delete_ratings(store: Store, changes: Changes) -> int:
     """Delete what the requests cover; returns the version of the ratings without it."""
     version = changes.ratings_version
-    if changes.removed is None or not changes.removed.limit(1).count():
+    if changes.removed is None:
         return version
     unchanged = store.version(ratings.TABLE) == version
     if unchanged:
