@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
+import pytest
 
+from unlearn_spark.errors import InputError
 from unlearn_spark.tables import factors
-from unlearn_spark.tables.store import Store
+from unlearn_spark.tables.store import Store, TableSpec
 
 
 def files_of(store, table):
@@ -61,3 +63,15 @@ def test_a_replaced_ledger_is_one_file_a_block(spark, tmp_path):
     for row in rows:
         assert row["bound"] == (1.5 if row["block"] in blocks[row["side"]] else 0.5)
         assert row["drift_mark"] == 0.0
+
+
+def test_a_ledger_of_an_earlier_version_is_refused_in_one_line(spark, tmp_path):
+    store = Store(spark, root=str(tmp_path))
+    fields = [field for field in factors.LEDGER_SPEC.schema if field.name != "n_ratings"]
+    store.create(factors.LEDGER, TableSpec(type(factors.LEDGER_SPEC.schema)(fields)))
+    with pytest.raises(InputError, match="table ledger has the layout of an earlier version"):
+        factors.read_ledger(store, 0)
+    rows = spark.createDataFrame([], factors.LEDGER_SPEC.schema)
+    with pytest.raises(InputError, match="table ledger has the layout of an earlier version"):
+        factors.write_ledger(store, rows)
+    assert store.version(factors.LEDGER) == 0

@@ -28,7 +28,7 @@ from unlearn_spark.als.spark import (
     in_blocks_of_sides,
     session_conf,
 )
-from unlearn_spark.tables.store import TableSpec
+from unlearn_spark.tables.store import TableSpec, outdated
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -166,6 +166,20 @@ def write_ledger(store: Store, rows: DataFrame) -> int:
     """Replace the ledger by these rows."""
     store.create(LEDGER, LEDGER_SPEC)
     return store.overwrite(LEDGER, _placed(rows, "side", "block", within="slot"))
+
+
+def read_ledger(store: Store, version: int | None) -> DataFrame:
+    """The ledger at a Delta version.
+
+    Raises
+    ------
+    InputError
+        It has the layout of an earlier version of this software.
+    """
+    ledger = store.read(LEDGER, version)
+    if not set(LEDGER_SPEC.schema.names) <= set(ledger.columns):
+        raise outdated(LEDGER)
+    return ledger
 
 
 def replace_ledger(

@@ -18,7 +18,7 @@ from pyspark.sql import types as T
 from unlearn_spark.als.spark import one_of
 from unlearn_spark.errors import InputError
 from unlearn_spark.tables import formats, quarantine, tombstones
-from unlearn_spark.tables.store import Store, TableSpec
+from unlearn_spark.tables.store import Store, TableSpec, outdated
 from unlearn_spark.unlearning import requests
 
 if TYPE_CHECKING:
@@ -183,9 +183,7 @@ def _chosen_user_blocks(store: Store) -> int | None:
     named = properties.where(F.col("key").isin(USER_BLOCKS_PROPERTY, FORMER_PROPERTY))
     found = {row["key"]: row["value"] for row in named.collect()}
     if FORMER_PROPERTY in found:
-        raise InputError(
-            "table ratings has the layout of an earlier version; ingest its ratings into a new one"
-        )
+        raise outdated(TABLE)
     return int(found[USER_BLOCKS_PROPERTY]) if found else None
 
 

@@ -303,7 +303,7 @@ class Store:
 
     @contextmanager
     def _explained(self, table: str) -> Iterator[None]:
-        """Tell a lost race and an unwritable place from every other failure."""
+        """Tell a lost race, an old layout and an unwritable place from every other failure."""
         try:
             yield
         except Exception as error:
@@ -314,4 +314,13 @@ class Store:
                 ) from error
             if "AccessControlException" in text or "Permission denied" in text:
                 raise InputError(f"table {table}: {self.name(table)} is not writable") from error
+            if "A schema mismatch detected" in text:
+                raise outdated(table) from error
             raise
+
+
+def outdated(table: str) -> InputError:
+    """What to say of a table that an earlier version of this software made."""
+    return InputError(
+        f"table {table} has the layout of an earlier version; ingest and train under a new root"
+    )

@@ -414,7 +414,7 @@ class Night:
         """Push, and run the loop; False where whole sweeps are the cheaper way."""
         frontier, store, model = self.frontier, self.store, self.model
         frontier.open(
-            store.read(factors.LEDGER, model.ledger_version),
+            factors.read_ledger(store, model.ledger_version),
             self.touched,
             store.read(factors.RATING_CHANGES, model.rating_changes_version),
             self.new_changes,
