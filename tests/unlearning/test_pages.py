@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from unlearn_spark.als.blocks import RatingBlock
 from unlearn_spark.unlearning.pages import (
     CHOICES,
-    MOST_PLACES,
+    MOST_CHUNKS,
     NO_CHANGES,
     NOTHING,
     Page,
@@ -130,22 +130,21 @@ def test_what_a_round_saw_replaces_bounds_and_is_remembered():
     summary = after.summary(4, tau=0.5, mark=0.5)
     assert summary.ratings["marked"] == page.n_ratings[marked].sum()
     stored = marked & (page.chunks >= 0)
-    places = zip((page.slots % 4)[stored].tolist(), page.chunks[stored].tolist(), strict=True)
-    assert summary.places["marked"] == set(places)
+    assert summary.chunks["marked"] == set(page.chunks[stored].tolist())
     assert summary.solved_blocks == {int(page.slots[5] % 4)}
 
 
-def test_too_many_places_are_not_listed():
-    n = MOST_PLACES + 1
+def test_too_many_chunks_are_not_listed():
+    n = MOST_CHUNKS + 1
     slots, chunks = np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32)
     stored = {"slots": slots, "chunks": chunks, "n_ratings": np.ones(n, np.int32)}
     stored |= {name: np.ones(n) for name in ("gradient_norm", "b_norm", "factor_norm")}
     page = Page.opened(stored, rows_of(), NO_CHANGES)
-    assert page.summary(1, 0.5, 0.5).places["marked"] is None
+    assert page.summary(1, 0.5, 0.5).chunks["marked"] is None
     halves = [page.of(slots < n // 2), page.of(slots >= n // 2)]
     each = [half.summary(1, 0.5, 0.5) for half in halves]
-    assert all(summary.places["marked"] is not None for summary in each)
-    assert (each[0] + each[1]).places["marked"] is None
+    assert all(summary.chunks["marked"] is not None for summary in each)
+    assert (each[0] + each[1]).chunks["marked"] is None
     assert set(each[0].ratings) == set(CHOICES)
 
 

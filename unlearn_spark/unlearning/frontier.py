@@ -57,9 +57,6 @@ if TYPE_CHECKING:
     from unlearn_spark.config import ExecutionSettings, UnlearnSettings
 
 
-Places = Collection[tuple[int, int]]
-"""(block, chunk)s."""
-
 MOST_SWEEPS, SHARE_OF_TRAINING = 4.0, 0.25
 """Work in rounds after which sweeping everything is thought to be cheaper: so many sweeps, or this
 share of what the training took, where that was more."""
@@ -209,7 +206,10 @@ class Frontier:
         return self.pages.mapInArrow(exchange.entry_unpacker(self.n_blocks), exchange.ENTRIES)
 
     def ratings_of(
-        self, patch: Mapping[str, str], keys: tuple[int, ...], places: Mapping[str, Places | None]
+        self,
+        patch: Mapping[str, str],
+        keys: tuple[int, ...],
+        chunks: Mapping[str, Collection[int] | None],
     ) -> DataFrame:
         """Ratings and ledger entries (`exchange.LOADED`) of the chosen rows alone, by part.
 
@@ -219,26 +219,39 @@ class Frontier:
             By side which rows (`pages.CHOICES`).
         keys
             One for each part; a row belongs to part `slot % len(keys)`.
-        places
-            By side the (block, chunk)s in which these rows lie, where they are known and few: no
-            other file is read.
+        chunks
+            By side the stored chunks in which these rows lie, where they are known and few: no
+            other is read.
         """
         chosen, of = self.pages.where(F.col("side").isin(list(patch))), dict(patch)
         wanted = chosen.mapInArrow(
             exchange.chunk_finder(of, self.mark, self.n_blocks), exchange.WANTED
         )
         rows = chosen.mapInArrow(exchange.entry_finder(of, self.mark, keys), exchange.LOADED)
-        chunks = [
-            self.chunks.where(F.col("side") == side).where(_at(places.get(side))) for side in patch
+        near = [
+            self.chunks.where(F.col("side") == side).where(self._in_chunks(side, chunks.get(side)))
+            for side in patch
         ]
         stored = (
-            _union(chunks)
+            _union(near)
             .join(F.broadcast(wanted), ["side", "block", "chunk"])
             .select("side", "wanted", "slots", "counts", "others", "values")
             .mapInArrow(exchange.wanted_keeper(keys), exchange.LOADED)
         )
         # As many partitions as parts: adaptive execution would join them by their size.
         return stored.unionByName(rows).repartition(len(keys), "key")
+
+    def _in_chunks(self, side: str, chunks: Collection[int] | None) -> Column:
+        """These chunks of a side, in a form by which files are skipped; None: all."""
+        if chunks is None:
+            return F.lit(True)
+        by_block: dict[int, list[int]] = {}
+        for chunk in sorted(chunks):
+            by_block.setdefault(chunk % self.n_blocks[side], []).append(chunk)
+        here = [
+            f"(block = {block} AND {one_of('chunk', found)})" for block, found in by_block.items()
+        ]
+        return F.expr(" OR ".join(here) or "false")
 
     # --- steps -------------------------------------------------------------------------------
 
@@ -386,8 +399,8 @@ class Frontier:
         """
         self.rounds += 1
         ratings = sum(state[side].ratings[name] for side, name in patch.items())
-        places = {side: state[side].places[name] for side, name in patch.items()}
-        result = self._settle(patch, ratings, places, eager)
+        chunks = {side: state[side].chunks[name] for side, name in patch.items()}
+        result = self._settle(patch, ratings, chunks, eager)
         rank = self.solver.rank
         changes = {side: np.zeros((rank, rank)) for side in SIDES}
         for row in result.select(*exchange.TOTALS).where("gram_change IS NOT NULL").collect():
@@ -449,7 +462,7 @@ class Frontier:
         self,
         patch: Mapping[str, str],
         ratings: int,
-        places: Mapping[str, Places | None],
+        chunks: Mapping[str, Collection[int] | None],
         eager: Container[str],
     ) -> DataFrame:
         """What became of a patch (`exchange.RESULTS`)."""
@@ -459,7 +472,7 @@ class Frontier:
             n_parts = self._whole_waves(n_parts)
         keys = balanced_keys(n_parts)
         spare = max(SPARE_RATINGS, SPARE_SHARE * 2 * self.work.ratings)
-        parts = self.ratings_of(patch, keys, places).persist()
+        parts = self.ratings_of(patch, keys, chunks).persist()
         needed = parts.mapInArrow(exchange.need_finder(self.paging), exchange.NEEDED)
         messages = self._fetched(needed, self._stock_for(needed, ratings))
         levels = (self.settings.tau, self.mark)
@@ -492,16 +505,3 @@ def _union(frames: Sequence[DataFrame]) -> DataFrame:
 def _in_blocks(blocks: Mapping[str, Collection[int]] | None) -> Column:
     """Is a row (side, block) in one of these? None: in any."""
     return F.lit(True) if blocks is None else F.expr(in_blocks_of_sides(blocks))
-
-
-def _at(places: Places | None) -> Column:
-    """The chunks at these places, in a form by which files are skipped."""
-    if places is None:
-        return F.lit(True)
-    by_block: dict[int, list[int]] = {}
-    for block, chunk in sorted(places):
-        by_block.setdefault(block, []).append(chunk)
-    here = [
-        f"(block = {block} AND {one_of('chunk', chunks)})" for block, chunks in by_block.items()
-    ]
-    return F.expr(" OR ".join(here) or "false")

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import RatingBlock, concatenate, pair_keys, places_in, raw
+from unlearn_spark.als.blocks import RatingBlock, concatenate, places_in, raw
 from unlearn_spark.als.kernel import relative_residual
 
 PAGE_ROWS = 100_000
 """Rows of both sides that one task has before it, about."""
 
-MOST_PLACES = 512
+MOST_CHUNKS = 512
 """Beyond this many chunks whole blocks are looked through."""
 
 CHOICES = ("marked", "looked", "either")
@@ -117,8 +117,8 @@ class Summary:
         Rows that were re-solved tonight, and the blocks in which they lie.
     ratings
         By choice (`CHOICES`): ratings of its rows.
-    places
-        By choice: (block, chunk)s in which its rows lie; None where these are too many to list.
+    chunks
+        By choice: stored chunks in which its rows lie; None where these are too many to list.
     """
 
     over: int
@@ -126,21 +126,21 @@ class Summary:
     solved: int
     solved_blocks: frozenset[int]
     ratings: Mapping[str, int]
-    places: Mapping[str, frozenset[tuple[int, int]] | None]
+    chunks: Mapping[str, frozenset[int] | None]
 
     def __add__(self, other: Summary) -> Summary:
-        places: dict[str, frozenset[tuple[int, int]] | None] = {}
+        chunks: dict[str, frozenset[int] | None] = {}
         for name in CHOICES:
-            mine, theirs = self.places[name], other.places[name]
+            mine, theirs = self.chunks[name], other.chunks[name]
             both = None if mine is None or theirs is None else mine | theirs
-            places[name] = both if both is not None and len(both) <= MOST_PLACES else None
+            chunks[name] = both if both is not None and len(both) <= MOST_CHUNKS else None
         return Summary(
             self.over + other.over,
             max(self.worst, other.worst),
             self.solved + other.solved,
             self.solved_blocks | other.solved_blocks,
             {name: self.ratings[name] + other.ratings[name] for name in CHOICES},
-            places,
+            chunks,
         )
 
 
@@ -294,22 +294,19 @@ class Page:
         """How the page stands."""
         bound, blocks = self.bound, self.slots % n_blocks
         ratings: dict[str, int] = {}
-        places: dict[str, frozenset[tuple[int, int]] | None] = {}
+        chunks: dict[str, frozenset[int] | None] = {}
         for name in CHOICES:
             rows = self.chosen(name, mark)
             ratings[name] = int(self.n_ratings[rows].sum())
-            rows = rows & (self.chunks >= 0)
-            found = np.unique(pair_keys(blocks[rows], self.chunks[rows]))
-            few = len(found) <= MOST_PLACES
-            pairs = zip((found >> 32).tolist(), (found & 0xFFFFFFFF).tolist(), strict=True)
-            places[name] = frozenset(pairs) if few else None
+            found = np.unique(self.chunks[rows & (self.chunks >= 0)])
+            chunks[name] = frozenset(found.tolist()) if len(found) <= MOST_CHUNKS else None
         return Summary(
             int((bound > tau).sum()),
             float(bound.max(initial=0.0)),
             int(self.solved.sum()),
             frozenset(np.unique(blocks[self.solved]).tolist()),
             ratings,
-            places,
+            chunks,
         )
 
     def of(self, keep: NDArray[np.bool_]) -> Page:
