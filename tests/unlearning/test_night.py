@@ -8,6 +8,7 @@ import pytest
 
 from unlearn_spark.tables import models, ratings, receipts
 from unlearn_spark.unlearning import changes as changes_module
+from unlearn_spark.unlearning import frontier
 
 TAU = 2e-2
 COMMON = ["als.rank=4", "als.reg_param=0.1", "als.tol=5e-3", "als.alpha=2.0", f"unlearn.tau={TAU}"]
@@ -341,3 +342,26 @@ def test_a_night_does_not_depend_on_blocks_or_on_the_order_of_requests(
     assert found[0].keys() == found[1].keys()
     for user, row in found[0].items():
         np.testing.assert_allclose(row, found[1][user], atol=2e-3)
+
+
+@pytest.mark.slow
+def test_large_patches_are_what_is_over_tau_and_keep_the_certificate(nights, tmp_path, monkeypatch):
+    chosen = []
+
+    def resolve(self, patch, *arguments):
+        chosen.extend(patch.values())
+        return original(self, patch, *arguments)
+
+    original = frontier.Frontier.resolve
+    monkeypatch.setattr(frontier.Frontier, "resolve", resolve)
+    monkeypatch.setattr(frontier, "PATCH_RATINGS", 100)
+    trained(nights, tmp_path, list(data_set(6)))
+    asked = [("q", "user", "u3", "", "", "")]
+    nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked))
+    night = nights("unlearn")
+    assert chosen[0] == "over"
+    assert night["sweeps"] == 0
+    assert night["max_residual"] <= TAU
+    audit = nights("audit")
+    assert audit["holds"]
+    assert max(audit["max_residual"].values()) <= TAU

@@ -124,13 +124,14 @@ def test_what_a_round_saw_replaces_bounds_and_is_remembered():
     later = after.looked_at(page.slots[:1], {n: v[:1] for n, v in norms.items()}, solved[1:], False)
     assert not later.looked.any()
     assert np.flatnonzero(later.solved).tolist() == [5]
-    assert np.array_equal(after.chosen("either", 1e9), after.looked)
-    marked = after.chosen("marked", 0.5)
-    assert np.array_equal(marked, after.bound > 0.5)
-    summary = after.summary(4, tau=0.5, mark=0.5)
-    assert summary.ratings["marked"] == page.n_ratings[marked].sum()
-    stored = marked & (page.chunks >= 0)
-    assert summary.chunks["marked"] == set(page.chunks[stored].tolist())
+    assert np.array_equal(after.chosen("either", 1e9, 1e9), after.looked)
+    assert np.array_equal(after.chosen("either", 0.5, 0.2), after.looked | (after.bound > 0.2))
+    over = after.chosen("over", 0.5, 0.2)
+    assert np.array_equal(over, after.bound > 0.5)
+    summary = after.summary(4, tau=0.5, mark=0.2)
+    assert summary.ratings["over"] == page.n_ratings[over].sum()
+    stored = over & (page.chunks >= 0)
+    assert summary.chunks["over"] == set(page.chunks[stored].tolist())
     assert summary.solved_blocks == {int(page.slots[5] % 4)}
 
 
@@ -140,11 +141,11 @@ def test_too_many_chunks_are_not_listed():
     stored = {"slots": slots, "chunks": chunks, "n_ratings": np.ones(n, np.int32)}
     stored |= {name: np.ones(n) for name in ("gradient_norm", "b_norm", "factor_norm")}
     page = Page.opened(stored, rows_of(), NO_CHANGES)
-    assert page.summary(1, 0.5, 0.5).chunks["marked"] is None
+    assert page.summary(1, 0.5, 0.5).chunks["over"] is None
     halves = [page.of(slots < n // 2), page.of(slots >= n // 2)]
     each = [half.summary(1, 0.5, 0.5) for half in halves]
-    assert all(summary.chunks["marked"] is not None for summary in each)
-    assert (each[0] + each[1]).chunks["marked"] is None
+    assert all(summary.chunks["over"] is not None for summary in each)
+    assert (each[0] + each[1]).chunks["over"] is None
     assert set(each[0].ratings) == set(CHOICES)
 
 

@@ -108,7 +108,7 @@ ENTRIES_AT_A_TIME = 10_000
 
 @dataclass(frozen=True)
 class Levels:
-    """What a page's summary is made with: blocks of each side, tau and the mark."""
+    """What rows are chosen by: blocks of each side, tau and the mark."""
 
     n_blocks: dict[str, int]
     tau: float
@@ -216,18 +216,18 @@ def _mapped(
 
 
 def chunk_finder(
-    patch: dict[str, str], mark: float, n_blocks: dict[str, int]
+    patch: dict[str, str], levels: Levels
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """From pages of the ledger the chunks (`WANTED`) that have chosen rows."""
 
     def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         side, page = row["side"], Page.from_binary(row)
-        chosen = page.chosen(patch[side], mark) & (page.chunks >= 0)
+        chosen = page.chosen(patch[side], levels.tau, levels.mark) & (page.chunks >= 0)
         slots, chunks = page.slots[chosen], page.chunks[chosen]
         for chunk in np.unique(chunks).tolist():
             yield {
                 "side": side,
-                "block": chunk % n_blocks[side],
+                "block": chunk % levels.n_blocks[side],
                 "chunk": chunk,
                 "wanted": raw(slots[chunks == chunk], np.int32),
             }
@@ -236,13 +236,14 @@ def chunk_finder(
 
 
 def entry_finder(
-    patch: dict[str, str], mark: float, keys: tuple[int, ...]
+    patch: dict[str, str], levels: Levels, keys: tuple[int, ...]
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """From pages of the ledger the chosen rows (`LOADED`) by part."""
 
     def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         page = Page.from_binary(row)
-        for part, mine in page.of(page.chosen(patch[row["side"]], mark)).split(len(keys)):
+        chosen = page.chosen(patch[row["side"]], levels.tau, levels.mark)
+        for part, mine in page.of(chosen).split(len(keys)):
             no_ratings = dict.fromkeys(("counts", "others", "values"))
             yield {"key": keys[part], "side": row["side"], **no_ratings, **mine.to_binary()}
 

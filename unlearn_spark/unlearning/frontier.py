@@ -68,6 +68,10 @@ PATCH_RATINGS = 1_000_000
 """Up to so many ratings a round takes what the round before looked at along with what is over the
 mark: the two may pull at each other."""
 
+LAZY_ROUNDS = 4
+"""Of more ratings than that, so many rounds take what is over tau alone. Later ones take all that
+is over the mark: bounds that creep up to tau together would cause many tiny rounds."""
+
 FEW_SHARE = 0.25
 """A patch with fewer ratings than this share of all rows picks the factors that it needs where they
 are read; for more, all are packed, and kept for the rounds to come."""
@@ -224,10 +228,9 @@ class Frontier:
             other is read.
         """
         chosen, of = self.pages.where(F.col("side").isin(list(patch))), dict(patch)
-        wanted = chosen.mapInArrow(
-            exchange.chunk_finder(of, self.mark, self.n_blocks), exchange.WANTED
-        )
-        rows = chosen.mapInArrow(exchange.entry_finder(of, self.mark, keys), exchange.LOADED)
+        levels = self._levels
+        wanted = chosen.mapInArrow(exchange.chunk_finder(of, levels), exchange.WANTED)
+        rows = chosen.mapInArrow(exchange.entry_finder(of, levels, keys), exchange.LOADED)
         near = [
             self.chunks.where(F.col("side") == side).where(self._in_chunks(side, chunks.get(side)))
             for side in patch
@@ -370,9 +373,10 @@ class Frontier:
     def _patch(self, state: Mapping[str, Summary]) -> dict[str, str]:
         """What the next round looks at.
 
-        Rows over the mark, and as long as that is little what the round before looked at: rows of
-        the two sides that pull at each other are settled together. What no single task can hold
-        is one side's rows over the mark, spread over tasks.
+        As long as that is little, rows over the mark and what the round before looked at: rows of
+        the two sides that pull at each other are settled together. Else at first rows over tau
+        alone, later those over the mark, and where no single task can hold them those of one side,
+        spread over tasks.
         """
         over = [side for side in SIDES if state[side].over]
         patch = {side: "either" if side in over else "looked" for side in SIDES}
@@ -381,10 +385,11 @@ class Frontier:
             return sum(state[side].ratings[name] for side, name in patch.items())
 
         if ratings(patch) > min(PATCH_RATINGS, self.execution.part_ratings):
-            patch = dict.fromkeys(over, "marked")
+            name = "over" if self.rounds < LAZY_ROUNDS else "either"
+            patch = dict.fromkeys(over, name)
         if ratings(patch) > self.execution.part_ratings:
             # The side with less to do first: its rows often quieten the other.
-            side = min(over, key=lambda name: state[name].ratings["marked"])
+            side = min(over, key=lambda name: state[name].ratings[patch[name]])
             patch = {side: patch[side]}
         return {side: name for side, name in patch.items() if state[side].ratings[name]}
 

@@ -25,9 +25,9 @@ PAGE_ROWS = 100_000
 MOST_CHUNKS = 512
 """Beyond this many chunks whole blocks are looked through."""
 
-CHOICES = ("marked", "looked", "either")
-"""Which rows a round may look at: those over the mark, those that the round before looked at, or
-both."""
+CHOICES = ("over", "looked", "either")
+"""Which rows a round may look at: those over tau, those that the round before looked at, or the
+latter and those over the mark."""
 
 
 @dataclass(frozen=True)
@@ -283,12 +283,11 @@ class Page:
         all_solved[places] |= solved[known]
         return replace(self, **arrays, looked=looked, solved=all_solved)
 
-    def chosen(self, name: str, mark: float) -> NDArray[np.bool_]:
+    def chosen(self, name: str, tau: float, mark: float) -> NDArray[np.bool_]:
         """Which rows a choice means."""
-        if name == "looked":
-            return self.looked
-        marked = self.bound > mark
-        return marked if name == "marked" else marked | self.looked
+        if name == "over":
+            return self.bound > tau
+        return self.looked if name == "looked" else self.looked | (self.bound > mark)
 
     def summary(self, n_blocks: int, tau: float, mark: float) -> Summary:
         """How the page stands."""
@@ -296,7 +295,7 @@ class Page:
         ratings: dict[str, int] = {}
         chunks: dict[str, frozenset[int] | None] = {}
         for name in CHOICES:
-            rows = self.chosen(name, mark)
+            rows = self.chosen(name, tau, mark)
             ratings[name] = int(self.n_ratings[rows].sum())
             found = np.unique(self.chunks[rows & (self.chunks >= 0)])
             chunks[name] = frozenset(found.tolist()) if len(found) <= MOST_CHUNKS else None
