@@ -199,9 +199,8 @@ def delete(store: Store, pairs: DataFrame) -> int:
     keyed = pairs.select("user_id", "item_id").distinct()
     keyed = keyed.select(*_places(F.col("user_id"), user_blocks(store)), "user_id", "item_id")
     near, n_pairs = _near(keyed, "t.")
-    if n_pairs:
-        clauses = ["WHEN MATCHED THEN DELETE"]
-        store.merge(TABLE, _hinted(keyed, n_pairs), _pair_condition(near), clauses)
+    clauses = ["WHEN MATCHED THEN DELETE"]
+    store.merge(TABLE, _hinted(keyed, n_pairs), _pair_condition(near), clauses)
     return store.version(TABLE)
 
 

@@ -142,6 +142,7 @@ def run_night(
             "ingest other ratings first"
         )
     tonight = Tonight(store, settings, model, changes, sizes, n_ratings, progress, kind, started)
+    ledger = factors.read_ledger(store, model.ledger_version)  # refused before anything is written
     night, done = None, None
     with session_conf(store.spark, SMALL_QUERIES if tonight.is_small else {}):
         # A night mostly waits, and a job that dies after this finds the same work again.
@@ -149,7 +150,7 @@ def run_night(
         if changes.are_large(sizes.ratings):
             progress("these are many: sweeping everything from the published factors")
         else:
-            night = Night(tonight)
+            night = Night(tonight, ledger)
             if night.work():
                 done = night.publish(deletion)
     version, figures = done or _sweep(tonight, night, deletion)
@@ -253,10 +254,10 @@ def read_logs(store: Store, model: ModelVersion) -> None:
 class Night:
     """The published model with tonight's changes put in, and the loop that mends it."""
 
-    def __init__(self, tonight: Tonight) -> None:
+    def __init__(self, tonight: Tonight, ledger: DataFrame) -> None:
         store, settings, model = tonight.store, tonight.settings, tonight.model
         self.store, self.settings, self.model = store, settings, model
-        self.tonight, self.changes = tonight, tonight.changes
+        self.tonight, self.changes, self.ledger = tonight, tonight.changes, ledger
         self.als = model.als
         self.layouts = {side: dict(model.settings["layouts"][side]) for side in SIDES}
         self.version = publishing.next_version(model)
@@ -414,7 +415,7 @@ class Night:
         """Push, and run the loop; False where whole sweeps are the cheaper way."""
         frontier, store, model = self.frontier, self.store, self.model
         frontier.open(
-            factors.read_ledger(store, model.ledger_version),
+            self.ledger,
             self.touched,
             store.read(factors.RATING_CHANGES, model.rating_changes_version),
             self.new_changes,
@@ -539,7 +540,7 @@ class Night:
 def _delete_ratings(store: Store, changes: Changes) -> int:
     """Delete what the requests cover; returns the version of the ratings without it."""
     version = changes.ratings_version
-    if changes.removed is None:
+    if changes.removed is None or not changes.removed.limit(1).count():
         return version
     unchanged = store.version(ratings.TABLE) == version
     if unchanged:
