@@ -79,6 +79,8 @@ _DEFAULTS = {
     "spark.sql.maxPlanStringLength": "20000",
     # A list of user keys skips pages of a file; of a longer one Parquet is told first and last.
     "spark.sql.parquet.pushdown.inFilterThreshold": "256",
+    # Hardly two factors are alike: Parquet need not look every one up in a dictionary first.
+    "parquet.enable.dictionary#factors.list.element": "false",
     # Re-reading a Delta log of a few commits needs no fifty tasks.
     "spark.databricks.delta.snapshotPartitions": "2",
 }

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+from chispa import assert_df_equality
+from pyspark.sql import functions as F
 
 from unlearn_spark.errors import InputError
 from unlearn_spark.tables import factors
@@ -75,3 +77,38 @@ def test_a_ledger_of_an_earlier_version_is_refused_in_one_line(spark, tmp_path):
     with pytest.raises(InputError, match="table ledger has the layout of an earlier version"):
         factors.write_ledger(store, rows)
     assert store.version(factors.LEDGER) == 0
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_replaced_factor_blocks_are_a_sorted_file_each(spark, tmp_path, gathered):
+    store = Store(spark, root=str(tmp_path))
+    names = "id long, block int, slot int, n_ratings int, factors array<float>"
+    rows = [(100 + n, n % 4, n, 3, [float(n), 0.5]) for n in reversed(range(40))]
+    table = factors.factor_table("user")
+    first = factors.write_factors(store, "user", spark.createDataFrame(rows, names))
+    kept = files_of(store, table)
+    assert len(kept) == 4
+
+    changed = store.read(table, first).where("block IN (1, 2) AND slot <> 5")
+    if not gathered:
+        changed = changed.repartition(3, "slot")
+    changed = changed.withColumn("n_ratings", F.lit(2))
+    version = factors.replace_factor_blocks(store, "user", changed, [1, 2], gathered=gathered)
+
+    written = set(files_of(store, table)) - set(kept)
+    assert {file.parent.name for file in written} == {"block=1", "block=2"}
+    assert len(written) == 2
+    for file in written:
+        slots = pyarrow.parquet.ParquetFile(file).read(["slot"])["slot"].to_pylist()
+        assert slots == sorted(slots)
+    now = [
+        (id, block, slot, 2 if block in (1, 2) else 3, vector)
+        for id, block, slot, _, vector in rows
+        if slot != 5
+    ]
+    assert_df_equality(
+        store.read(table, version),
+        spark.createDataFrame(now, names),
+        ignore_row_order=True,
+        ignore_nullable=True,
+    )

@@ -143,10 +143,22 @@ def write_factors(store: Store, side: str, rows: DataFrame) -> int:
     return store.overwrite(table, _placed(rows.select(*spec.schema.names), "block", within="slot"))
 
 
-def replace_factor_blocks(store: Store, side: str, rows: DataFrame, blocks: list[int]) -> int:
-    """Replace the named blocks by `rows`, which may leave some of them empty."""
-    spec = factor_spec(rows.schema["id"].dataType)
-    rows = _placed(rows.select(*spec.schema.names), "block", within="slot")
+def replace_factor_blocks(
+    store: Store, side: str, rows: DataFrame, blocks: list[int], *, gathered: bool
+) -> int:
+    """Replace the named blocks by `rows`, which may leave some of them empty.
+
+    Parameters
+    ----------
+    gathered
+        All rows of a block lie in one partition already, as they do where the table's own files
+        were read, each of which is a row group: none is moved to make one file a block.
+    """
+    rows = rows.select(*factor_spec(rows.schema["id"].dataType).schema.names)
+    if gathered:
+        rows = rows.sortWithinPartitions("block", "slot")
+    else:
+        rows = _placed(rows, "block", within="slot")
     return store.replace_where(factor_table(side), rows, in_blocks(blocks))
 
 

@@ -188,8 +188,11 @@ class Frontier:
 
     # --- reading -----------------------------------------------------------------------------
 
-    def current(self, side: str, rows: DataFrame) -> DataFrame:
-        """Rows of a side (slot, factors and more) with the factors that were re-solved tonight."""
+    def current(self, side: str, rows: DataFrame, *, few: bool = False) -> DataFrame:
+        """Rows of a side (slot, factors and more) with the factors that were re-solved tonight.
+
+        Those are sent to every task where they are `few`; no row is moved then.
+        """
         if not self.results:
             return rows
         moved = (
@@ -199,7 +202,7 @@ class Frontier:
         )
         newer = moved.groupBy("slot").agg(F.max_by("factors", "round").alias("newer"))
         return (
-            rows.join(newer, "slot", "left")
+            rows.join(F.broadcast(newer) if few else newer, "slot", "left")
             .withColumn("factors", F.coalesce("newer", "factors"))
             .drop("newer")
         )

@@ -53,6 +53,9 @@ NEAR_SHARE = 0.5
 SMALL_RATINGS = 5_000_000
 """A night that changes users in blocks with more ratings compiles its queries."""
 
+FEW_BYTES = 8 * 2**20
+"""Re-solved factors of a side of no more bytes are sent to every task that writes factors."""
+
 
 @dataclass(frozen=True)
 class Tonight:
@@ -526,8 +529,15 @@ class Night:
         for side in SIDES:
             if self.blocks[side]:
                 rows = self._in(self.blocks, side, self._present(side))
-                changed = self.frontier.current(side, rows)
-                writes[f"{side}_factors_version"] = _writer(store, side, changed, self.blocks[side])
+                few = 4 * self.als.rank * self.n_solved[side] <= FEW_BYTES
+                writes[f"{side}_factors_version"] = partial(
+                    factors.replace_factor_blocks,
+                    store,
+                    side,
+                    self.frontier.current(side, rows, few=few),
+                    self.blocks[side],
+                    gathered=few and not self.changes.n_added,
+                )
         writes["ledger_version"] = lambda: factors.replace_ledger(
             store, self.frontier.entries(), self.frontier.near
         )
@@ -569,7 +579,3 @@ def _receipts_write(
         F.lit(None).cast("timestamp").alias("purged_at"),
     )
     return {"receipts_version": lambda: receipts.append(store, model, rows)}
-
-
-def _writer(store: Store, side: str, rows: DataFrame, blocks: list[int]) -> Callable[[], int]:
-    return lambda: factors.replace_factor_blocks(store, side, rows, blocks)
