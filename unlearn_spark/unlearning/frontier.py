@@ -72,6 +72,9 @@ LAZY_ROUNDS = 4
 """Of more ratings than that, so many rounds take what is over tau alone. Later ones take all that
 is over the mark: bounds that creep up to tau together would cause many tiny rounds."""
 
+TOGETHER_RATINGS = 4_000_000
+"""More ratings of both sides are too many for one task while the others wait."""
+
 FEW_SHARE = 0.25
 """A patch with fewer ratings than this share of all rows picks the factors that it needs where they
 are read; for more, all are packed, and kept for the rounds to come."""
@@ -390,7 +393,7 @@ class Frontier:
         if ratings(patch) > min(PATCH_RATINGS, self.execution.part_ratings):
             name = "over" if self.rounds < LAZY_ROUNDS else "either"
             patch = dict.fromkeys(over, name)
-        if ratings(patch) > self.execution.part_ratings:
+        if ratings(patch) > min(TOGETHER_RATINGS, self.execution.part_ratings):
             # The side with less to do first: its rows often quieten the other.
             side = min(over, key=lambda name: state[name].ratings[patch[name]])
             patch = {side: patch[side]}
