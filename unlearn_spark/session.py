@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,7 @@ _STATIC_DEFAULTS = {
     "spark.broadcast.blockSize": "256k",
 }
 
+# Set once the session runs, where it was not built here as well.
 _DEFAULTS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "200000",
@@ -201,7 +202,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
 
     ensure_java()
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # the JVM runs already: spark-submit
-    conf: dict[str, str] = {**_STATIC_DEFAULTS, **_DELTA, **_DEFAULTS}
+    conf: dict[str, str] = {**_STATIC_DEFAULTS, **_DELTA}
     conf["spark.driver.memory"] = spark_settings.driver_memory
     if not submitted:  # else the JVM that starts the workers does not know where this package is
         conf["spark.python.daemon.module"] = "unlearn_spark.worker_daemon"
@@ -230,7 +231,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
         session = builder.getOrCreate()
     except Exception as error:
         raise UserError(f"Spark did not start: {_first_cause(error)}") from error
-    _apply_runtime_defaults(session)
+    _apply_runtime_defaults(session, but=spark_settings.conf)
     return session
 
 
@@ -255,8 +256,11 @@ def _first_cause(error: BaseException) -> str:
     return chosen
 
 
-def _apply_runtime_defaults(session: SparkSession) -> None:
+def _apply_runtime_defaults(session: SparkSession, but: Collection[str] = ()) -> None:
+    """Set `_DEFAULTS` in a running session, all but the keys that a user has set."""
     for key, value in _DEFAULTS.items():
+        if key in but:
+            continue
         # A cluster may forbid single keys; none of them changes a result except the time zone.
         try:
             session.conf.set(key, value)
