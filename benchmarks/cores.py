@@ -22,16 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 
 
-def sweep_seconds(cores: int, users: int, items: int, ratings: int, rank: int) -> float:
+def sweep_seconds(
+    cores: int, users: int, items: int, ratings: int, rank: int, part_ratings: int
+) -> float:
     """The least of eight sweeps of a second fit in a session that is bound to so many cores."""
     from unlearn_spark.als.training import fit_factors
+    from unlearn_spark.config import ExecutionSettings
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     spark = common.session(**{"spark.master": f"local[{cores}]"})
     frame = common.generated(spark, users, items, ratings)
     als = common.als_settings(rank, False, max_sweeps=8, tol=1e-12)
     for _ in range(2):
-        fitted = fit_factors(frame, als)
+        fitted = fit_factors(frame, als, ExecutionSettings(part_ratings=part_ratings))
         history = fitted.summary.history
         fitted.release()
     spark.stop()
@@ -44,15 +47,24 @@ def sweep_seconds(cores: int, users: int, items: int, ratings: int, rank: int) -
 @click.option("--ratings", default=10_000_000)
 @click.option("--rank", default=64)
 @click.option("--rounds", default=2)
+@click.option("--part-ratings", default=4_000_000, help="As execution.part_ratings.")
 @click.option("--only", type=int, help="Print the seconds on so many cores.")
-def main(users: int, items: int, ratings: int, rank: int, rounds: int, only: int | None) -> None:
+def main(
+    users: int,
+    items: int,
+    ratings: int,
+    rank: int,
+    rounds: int,
+    part_ratings: int,
+    only: int | None,
+) -> None:
     """Print the table and save the raw figures."""
     if only:
-        print(json.dumps(sweep_seconds(only, users, items, ratings, rank)))
+        print(json.dumps(sweep_seconds(only, users, items, ratings, rank, part_ratings)))
         return
     every = len(os.sched_getaffinity(0))
     command = [sys.executable, __file__, f"--users={users}", f"--items={items}"]
-    command += [f"--ratings={ratings}", f"--rank={rank}"]
+    command += [f"--ratings={ratings}", f"--rank={rank}", f"--part-ratings={part_ratings}"]
     raw: dict[int, list[float]] = {1: [], every: []}
     for _ in range(rounds):
         for cores, seconds in raw.items():
@@ -65,7 +77,7 @@ def main(users: int, items: int, ratings: int, rank: int, rounds: int, only: int
         ["cores", "sweep, s", "faster than one"],
         [[cores, median, medians[1] / median] for cores, median in medians.items()],
     )
-    common.save(f"cores-{ratings}-{rank}", {"raw": raw})
+    common.save(f"cores-{ratings}-{rank}-{part_ratings}", {"raw": raw})
 
 
 if __name__ == "__main__":

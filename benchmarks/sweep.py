@@ -25,13 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 
 
-def contestants(frame: Any, rank: int, implicit: bool) -> dict[str, Callable[[int], float]]:
+def contestants(
+    frame: Any, rank: int, implicit: bool, part_ratings: int
+) -> dict[str, Callable[[int], float]]:
     """By name: fits with so many sweeps and returns the seconds."""
     from unlearn_spark.als.training import fit_factors
+    from unlearn_spark.config import ExecutionSettings
+
+    execution = ExecutionSettings(part_ratings=part_ratings)
 
     def ours(sweeps: int) -> float:
         als = common.als_settings(rank, implicit, max_sweeps=sweeps, tol=1e-12)
-        fitted = fit_factors(frame, als)
+        fitted = fit_factors(frame, als, execution)
         history = fitted.summary.history
         fitted.release()
         # The scan of every row after it, which MLlib does not do, is not counted.
@@ -68,6 +73,7 @@ def of_the_library(frame: Any, rank: int) -> dict[str, Callable[[int], float]]:
 @click.option("--sweeps", default=3, help="More than one, in the longer fit.")
 @click.option("--implicit/--explicit", default=False)
 @click.option("--memory/--no-memory", default=True)
+@click.option("--part-ratings", default=4_000_000, help="execution.part_ratings of ours.")
 @click.option("--only", help="Fit this contestant alone, once; for the memory.")
 def main(
     users: int,
@@ -78,12 +84,13 @@ def main(
     sweeps: int,
     implicit: bool,
     memory: bool,
+    part_ratings: int,
     only: str | None,
 ) -> None:
     """Print the table and save the raw figures."""
     spark = common.session()
     frame = common.generated(spark, users, items, ratings)
-    fits = contestants(frame, rank, implicit)
+    fits = contestants(frame, rank, implicit, part_ratings)
     if only:
         fits[only](1 + sweeps)
         return
@@ -107,6 +114,7 @@ def main(
         }
     if memory:
         shape = {"users": users, "items": items, "ratings": ratings, "rank": rank}
+        shape["part-ratings"] = part_ratings
         command = [sys.executable, __file__, "--implicit" if implicit else "--explicit"]
         command += [f"--{key}={value}" for key, value in shape.items()]
         for _ in range(rounds):
@@ -128,8 +136,9 @@ def main(
         ],
     )
     data = {"users": users, "items": items, "ratings": ratings, "rank": rank, "rounds": rounds}
+    data["part_ratings"] = part_ratings
     common.save(
-        f"sweep-{'implicit' if implicit else 'explicit'}-{ratings}-{rank}",
+        f"sweep-{'implicit' if implicit else 'explicit'}-{ratings}-{rank}-{part_ratings}",
         {"data": data, "raw": raw, "figures": figures, "over_ours": ratios},
     )
 

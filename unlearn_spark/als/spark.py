@@ -145,10 +145,7 @@ NARROW_ROWS = {"spark.sql.execution.arrow.maxBytesPerBatch": str(2**31 - 1)}
 bytes, and to do so adds up the sizes of all vectors after every row: with rows of three numbers
 that takes longer than all the rest."""
 
-LARGE_ROWS = {
-    "spark.sql.inMemoryColumnarStorage.batchSize": "1",
-    "spark.sql.execution.arrow.maxBytesPerBatch": str(8 * 2**20),
-}
+LARGE_ROWS = {"spark.sql.inMemoryColumnarStorage.batchSize": "1"}
 """Cache every row by itself. Else their bytes are gathered in buffers of up to 4 MB that grow step
 by step, and objects of that size make the JVM's heap grow (see `solver.MESSAGE_BYTES`)."""
 
