@@ -10,14 +10,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from unlearn_spark.config import AlsSettings, Settings, SparkSettings
+from unlearn_spark.config import AlsSettings, ExecutionSettings, Settings, SparkSettings
 from unlearn_spark.evaluation import synthetic
 from unlearn_spark.session import get_spark
 
@@ -47,6 +49,29 @@ def in_delta(rows: DataFrame) -> DataFrame:
     table = str(Path(tempfile.mkdtemp(prefix="unlearn-bench-")) / "delta")
     rows.write.format("delta").save(table)
     return rows.sparkSession.read.format("delta").load(table)
+
+
+def sweep_options(main: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what is swept: users, items, ratings, rank, part_ratings."""
+    values = {
+        "users": 70_000,
+        "items": 10_700,
+        "ratings": 10_000_000,
+        "rank": 64,
+        "part_ratings": ExecutionSettings().part_ratings,
+    }
+    for name, value in reversed(values.items()):
+        main = click.option(_flag(name), default=value)(main)
+    return main
+
+
+def as_options(values: Mapping[str, int]) -> list[str]:
+    """The same, as a command takes them."""
+    return [f"{_flag(name)}={value}" for name, value in values.items()]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def timed(action: Callable[[], Any]) -> float:

@@ -20,6 +20,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
+from unlearn_spark.config import ExecutionSettings
 
 
 def sweep_seconds(
@@ -27,7 +28,6 @@ def sweep_seconds(
 ) -> float:
     """The least of eight sweeps of a second fit in a session that is bound to so many cores."""
     from unlearn_spark.als.training import fit_factors
-    from unlearn_spark.config import ExecutionSettings
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     spark = common.session(**{"spark.master": f"local[{cores}]"})
@@ -42,29 +42,16 @@ def sweep_seconds(
 
 
 @click.command()
-@click.option("--users", default=70_000)
-@click.option("--items", default=10_700)
-@click.option("--ratings", default=10_000_000)
-@click.option("--rank", default=64)
+@common.sweep_options
 @click.option("--rounds", default=2)
-@click.option("--part-ratings", default=4_000_000, help="As execution.part_ratings.")
 @click.option("--only", type=int, help="Print the seconds on so many cores.")
-def main(
-    users: int,
-    items: int,
-    ratings: int,
-    rank: int,
-    rounds: int,
-    part_ratings: int,
-    only: int | None,
-) -> None:
+def main(rounds: int, only: int | None, **swept: int) -> None:
     """Print the table and save the raw figures."""
     if only:
-        print(json.dumps(sweep_seconds(only, users, items, ratings, rank, part_ratings)))
+        print(json.dumps(sweep_seconds(only, **swept)))
         return
     every = len(os.sched_getaffinity(0))
-    command = [sys.executable, __file__, f"--users={users}", f"--items={items}"]
-    command += [f"--ratings={ratings}", f"--rank={rank}", f"--part-ratings={part_ratings}"]
+    command = [sys.executable, __file__, *common.as_options(swept)]
     raw: dict[int, list[float]] = {1: [], every: []}
     for _ in range(rounds):
         for cores, seconds in raw.items():
@@ -77,7 +64,8 @@ def main(
         ["cores", "sweep, s", "faster than one"],
         [[cores, median, medians[1] / median] for cores, median in medians.items()],
     )
-    common.save(f"cores-{ratings}-{rank}-{part_ratings}", {"raw": raw})
+    name = "cores-{ratings}-{rank}-{part_ratings}".format(**swept)
+    common.save(name, {"raw": raw})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
+from unlearn_spark.config import ExecutionSettings
 
 
 def contestants(
@@ -30,7 +31,6 @@ def contestants(
 ) -> dict[str, Callable[[int], float]]:
     """By name: fits with so many sweeps and returns the seconds."""
     from unlearn_spark.als.training import fit_factors
-    from unlearn_spark.config import ExecutionSettings
 
     execution = ExecutionSettings(part_ratings=part_ratings)
 
@@ -65,37 +65,24 @@ def of_the_library(frame: Any, rank: int) -> dict[str, Callable[[int], float]]:
 
 
 @click.command()
-@click.option("--users", default=70_000)
-@click.option("--items", default=10_700)
-@click.option("--ratings", default=10_000_000)
-@click.option("--rank", default=64)
+@common.sweep_options
 @click.option("--rounds", default=3)
 @click.option("--sweeps", default=3, help="More than one, in the longer fit.")
 @click.option("--implicit/--explicit", default=False)
 @click.option("--memory/--no-memory", default=True)
-@click.option("--part-ratings", default=4_000_000, help="execution.part_ratings of ours.")
 @click.option("--only", help="Fit this contestant alone, once; for the memory.")
 def main(
-    users: int,
-    items: int,
-    ratings: int,
-    rank: int,
-    rounds: int,
-    sweeps: int,
-    implicit: bool,
-    memory: bool,
-    part_ratings: int,
-    only: str | None,
+    rounds: int, sweeps: int, implicit: bool, memory: bool, only: str | None, **swept: int
 ) -> None:
     """Print the table and save the raw figures."""
     spark = common.session()
-    frame = common.generated(spark, users, items, ratings)
-    fits = contestants(frame, rank, implicit, part_ratings)
+    frame = common.generated(spark, swept["users"], swept["items"], swept["ratings"])
+    fits = contestants(frame, swept["rank"], implicit, swept["part_ratings"])
     if only:
         fits[only](1 + sweeps)
         return
     if implicit:  # not before: it would count into a Spark contestant's memory
-        fits.update(of_the_library(frame, rank))
+        fits.update(of_the_library(frame, swept["rank"]))
     raw: dict[str, Any] = {name: {"short": [], "long": []} for name in fits}
     for fit in fits.values():  # compiled kernels and a warm JVM for both
         fit(1)
@@ -113,10 +100,8 @@ def main(
             "preparation, s": statistics.median(runs["short"]) - sweep,
         }
     if memory:
-        shape = {"users": users, "items": items, "ratings": ratings, "rank": rank}
-        shape["part-ratings"] = part_ratings
         command = [sys.executable, __file__, "--implicit" if implicit else "--explicit"]
-        command += [f"--{key}={value}" for key, value in shape.items()]
+        command += common.as_options(swept)
         for _ in range(rounds):
             for name in ("ours", "mllib"):
                 peak = common.peak_memory([*command, f"--only={name}"])
@@ -135,11 +120,15 @@ def main(
             for key in figures["ours"]
         ],
     )
-    data = {"users": users, "items": items, "ratings": ratings, "rank": rank, "rounds": rounds}
-    data["part_ratings"] = part_ratings
+    name = "sweep-{mode}-{ratings}-{rank}-{part_ratings}"
     common.save(
-        f"sweep-{'implicit' if implicit else 'explicit'}-{ratings}-{rank}-{part_ratings}",
-        {"data": data, "raw": raw, "figures": figures, "over_ours": ratios},
+        name.format(mode="implicit" if implicit else "explicit", **swept),
+        {
+            "data": {**swept, "rounds": rounds},
+            "raw": raw,
+            "figures": figures,
+            "over_ours": ratios,
+        },
     )
 
 
