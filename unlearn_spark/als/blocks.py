@@ -111,17 +111,14 @@ class RatingBlock:
 
         Entries that name the same pair stay separate ratings, as in MLlib.
         """
-        return cls._by_row(_by_other(rows, others, values))
-
-    @classmethod
-    def _by_row(cls, by_other: sparse.csr_array) -> RatingBlock:
-        """Entries that `_by_other` has sorted, by row: the second of two counting sorts, which
-        keeps the order of the first."""
-        if not by_other.nnz:
+        if not len(values):
             return concatenate([])
-        by_row = by_other.tocsc()
+        # By other slot, and then, keeping that order, by row: two counting sorts.
+        entries = sparse.coo_array((values, (others, rows)))
+        entries.has_canonical_format = True  # else pairs that occur twice would be added up
+        by_row = entries.tocsr().tocsc()
         slots = np.flatnonzero(np.diff(by_row.indptr)).astype(np.int32)
-        indptr = np.append(by_row.indptr[slots], by_row.nnz).astype(np.int64)
+        indptr = np.append(by_row.indptr[slots], len(values)).astype(np.int64)
         block = cls(slots, indptr, by_row.indices.astype(np.int32, copy=False), by_row.data)
         _sort_repeated_pairs(block)
         return block
@@ -133,7 +130,12 @@ class RatingBlock:
         Or as loose ratings: `counts` is None, and `slots` names the row of each rating.
         """
         if rows and rows[0]["counts"] is None:
-            return cls._by_row(_joined_by_other(rows))
+            kinds = {"slots": np.int32, "others": np.int32, "values": np.float32}
+            joined = {
+                name: np.concatenate([np.frombuffer(row[name], kind) for row in rows])  # type: ignore[call-overload]
+                for name, kind in kinds.items()
+            }
+            return cls.from_entries(joined["slots"], joined["others"], joined["values"])
         return concatenate([cls.from_binary(row) for row in rows])
 
     def rows(self, keep: NDArray[np.bool_]) -> RatingBlock:
@@ -173,27 +175,6 @@ class RatingBlock:
         indptr = _starts(kept)[self.indptr]
         block = replace(self, indptr=indptr, others=self.others[kept], values=self.values[kept])
         return block if keep_empty else block.rows(np.diff(indptr) > 0)
-
-
-def _by_other(
-    rows: NDArray[np.int32], others: NDArray[np.int32], values: NDArray[np.float32]
-) -> sparse.csr_array:
-    """Entries sorted by other slot, (others, rows)."""
-    if not len(values):
-        return sparse.csr_array((0, 0), dtype=np.float32)
-    entries = sparse.coo_array((values, (others, rows)))
-    entries.has_canonical_format = True  # else pairs that occur twice would be added up
-    return entries.tocsr()
-
-
-def _joined_by_other(pieces: Sequence[Mapping[str, object]]) -> sparse.csr_array:
-    """The same of the loose entries of several pieces; a function of its own, so that the joined
-    arrays are gone before the second sort."""
-    rows, others, values = (
-        np.concatenate([np.frombuffer(piece[name], kind) for piece in pieces])  # type: ignore[call-overload]
-        for name, kind in (("slots", np.int32), ("others", np.int32), ("values", np.float32))
-    )
-    return _by_other(rows, others, values)
 
 
 def _is_dense(slots: NDArray[np.int32], n_lookups: int) -> bool:
