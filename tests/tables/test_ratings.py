@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from chispa import assert_df_equality
+from hypothesis import given
+from hypothesis import strategies as st
 from pyspark.sql import functions as F
 
 from unlearn_spark.errors import InputError, SettingsError
@@ -253,11 +255,14 @@ def test_newest_rating_of_a_pair_wins_and_the_same_file_changes_nothing(store, t
 
 
 @pytest.mark.parametrize(
-    "broadcast_rows", [2_000_000, pytest.param(0, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("few_pairs", "broadcast_rows"),
+    [(250_000, 2_000_000), (1, 2_000_000), pytest.param(0, 0, marks=pytest.mark.slow)],
+    ids=["few", "more", "many"],
 )
 def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
-    spark, store, tmp_path, monkeypatch, broadcast_rows
+    spark, store, tmp_path, monkeypatch, few_pairs, broadcast_rows
 ):
+    monkeypatch.setattr(ratings, "FEW_PAIRS", few_pairs)
     monkeypatch.setattr(ratings, "BROADCAST_ROWS", broadcast_rows)
     lines = [
         f"ZZUSER{u},ZZITEM{i},{1 + (u + i) % 5},{u * 100 + i}" for u in range(9) for i in (1, 2)
@@ -294,6 +299,7 @@ def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
         [("ZZUSER3", "ZZITEM1"), ("5", "2")], "user_id string, item_id string"
     )
     assert ratings.delete(store, pairs) == before + 1
+    assert ratings.delete(store, pairs) == before + 1, "nothing left to delete"
     assert ratings.read(store).count() == 18
     assert ratings.covering(store, pairs).count() == 0
     assert ratings.covering(store, pairs, before).count() == 2
@@ -303,6 +309,25 @@ def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
     assert '"add"' in log
     assert "ZZUSER" not in log
     assert "ZZITEM" not in log
+
+
+IDS = {"integers": st.integers(0, 30), "texts": st.text(max_size=2)}
+
+
+@pytest.mark.parametrize("kind", IDS)
+@given(data=st.data())
+def test_pairs_are_found_among_those_to_delete(kind, data):
+    pair = st.tuples(IDS[kind], IDS[kind])
+    doomed = data.draw(st.sets(pair, min_size=1, max_size=20))
+    some = st.sampled_from(sorted(doomed))
+    asked = data.draw(st.lists(pair | some | st.builds(lambda a, b: (a[0], b[1]), some, some)))
+    of_type = pa.int64() if kind == "integers" else pa.string()
+
+    def columns(pairs):
+        return [pa.array([pair[n] for pair in pairs], of_type) for n in (0, 1)]
+
+    is_among = ratings._among(*map(pa.chunked_array, ([column] for column in columns(doomed))))
+    assert is_among(*columns(asked)).to_pylist() == [pair in doomed for pair in asked]
 
 
 def test_a_table_whose_blocks_share_keys_is_refused(spark, store, tmp_path):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -43,6 +45,12 @@ REFUSED = "covered by tombstone "
 _PRUNING_LIMIT = 256
 """Most values in a list of blocks or keys; a longer list would skip little. The session hands lists
 of this length to Parquet (`spark.sql.parquet.pushdown.inFilterThreshold`)."""
+
+FEW_PAIRS = 1_000_000
+"""Most pairs that a function carries to the tasks that delete them: some ten megabytes."""
+
+FEW_KEYS = 4096
+"""Most values of `user_key` in the condition of a deletion, which Delta logs."""
 
 BROADCAST_ROWS = 2_000_000
 """Most ids or pairs to be sent whole to every task; more meet the table by a shuffle."""
@@ -193,15 +201,41 @@ def _chosen_user_blocks(store: Store) -> int | None:
 def delete(store: Store, pairs: DataFrame) -> int:
     """Remove pairs (user_id, item_id in the table's types); returns the Delta version afterwards.
 
-    A merge, because a DELETE would leave its predicate, ids included, in the log. Rows are marked
-    in deletion vectors; their bytes go with `purge`.
+    Neither way leaves ids in the log, as the predicate of a plain DELETE would: few pairs are found
+    by a function of which the log has the name, many meet the table in a merge. Rows are marked in
+    deletion vectors; their bytes go with `purge`.
     """
     keyed = pairs.select("user_id", "item_id").distinct()
     keyed = keyed.select(*_places(F.col("user_id"), user_blocks(store)), "user_id", "item_id")
+    found = keyed.limit(FEW_PAIRS + 1).toArrow()
+    places = {name: found.column(name).unique().to_pylist() for name in ("user_block", "user_key")}
+    if len(found) <= FEW_PAIRS and len(places["user_key"]) <= FEW_KEYS:
+        condition = " AND ".join(one_of(name, values) for name, values in places.items())
+        among = _among(found.column("user_id"), found.column("item_id"))
+        store.delete(TABLE, condition, ("user_id", "item_id"), among)
+        return store.version(TABLE)
     near, n_pairs = _near(keyed, "t.")
     clauses = ["WHEN MATCHED THEN DELETE"]
     store.merge(TABLE, _hinted(keyed, n_pairs), _pair_condition(near), clauses)
     return store.version(TABLE)
+
+
+def _among(
+    user_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray
+) -> Callable[[pa.Array, pa.Array], pa.Array]:
+    """A function of user and item ids (arrays of n): which pairs are among these?"""
+    users, items = user_ids.unique(), item_ids.unique()
+
+    def code(user_ids: pa.Array, item_ids: pa.Array) -> pa.Array:
+        user, item = pc.index_in(user_ids, users), pc.index_in(item_ids, items)
+        return pc.add(pc.multiply(user.cast("int64"), len(items)), item.cast("int64"))
+
+    codes = code(user_ids, item_ids)
+
+    def is_among(user_ids: pa.Array, item_ids: pa.Array) -> pa.Array:
+        return pc.is_in(code(user_ids, item_ids), codes)  # a foreign id has no code
+
+    return is_among
 
 
 def _pair_condition(near: str | None) -> str:

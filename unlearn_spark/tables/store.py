@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from unlearn_spark.errors import ConflictError, InputError, SettingsError, Table
 from unlearn_spark.preconditions import is_remote, nearest_existing
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql.types import StructType
 
@@ -287,6 +288,42 @@ class Store:
                 ).first()
         finally:
             self.spark.catalog.dropTempView(view)
+        assert row is not None
+        return int(row["num_affected_rows"])
+
+    def delete(
+        self,
+        table: str,
+        condition: str,
+        columns: Sequence[str],
+        is_gone: Callable[..., pa.Array],
+    ) -> int:
+        """Delete the rows that a Python function finds among those that meet an SQL condition.
+
+        Delta writes the condition into the log, and of the function its name alone: what it looks
+        for stays out. Unlike a merge, which numbers all rows of a file before it compares any,
+        this hands the condition to Parquet, which skips pages by it.
+
+        Parameters
+        ----------
+        condition
+            No ids: it is logged. Only rows that meet it are handed to Python.
+        columns
+            What the function gets, as Arrow arrays of one length.
+        is_gone
+            Returns booleans of that length.
+
+        Returns how many rows went; none, and no version is made.
+        """
+        name = f"is_gone_{uuid.uuid4().hex}"
+        function = F.arrow_udf(is_gone, "boolean")  # type: ignore[call-overload]
+        self.spark.udf.register(name, function)
+        found = f"{condition} AND {name}({', '.join(columns)})"
+        try:
+            with self._explained(table):
+                row = self.spark.sql(f"DELETE FROM {self.name(table)} WHERE {found}").first()
+        finally:
+            self.spark.sql(f"DROP TEMPORARY FUNCTION IF EXISTS {name}")
         assert row is not None
         return int(row["num_affected_rows"])
 

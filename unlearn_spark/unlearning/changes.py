@@ -28,7 +28,43 @@ LARGE_SHARE, LARGE_CHANGES = 0.05, 250_000
 """A night that changes so many ratings, and this share of all, sweeps everything at once: to put
 the changes into the ledger would take longer than to encode the ratings anew."""
 
+FEW_USERS = 128
+"""The ratings of so many users are a small part of all, and are found without reading the rest."""
+
 PAIR = ["user_id", "item_id"]
+
+
+@dataclass(frozen=True)
+class News:
+    """What has come since the published model.
+
+    Attributes
+    ----------
+    pending
+        Requests without a receipt; None where nothing was ever asked.
+    scopes
+        How many of them have each scope.
+    n_users
+        About how many users the ingested ratings are of.
+    ratings_version, ingest_id, tombstones_version
+        The state of the tables that this was found in.
+    """
+
+    pending: DataFrame | None
+    scopes: dict[str, int]
+    n_users: int
+    ratings_version: int
+    ingest_id: int
+    tombstones_version: int | None
+
+    @property
+    def n_requests(self) -> int:
+        return sum(self.scopes.values())
+
+    @property
+    def is_small(self) -> bool:
+        """Is what is read for it little enough for `SMALL_QUERIES`?"""
+        return "item" not in self.scopes and self.n_requests + self.n_users <= FEW_USERS
 
 
 @dataclass(frozen=True)
@@ -37,8 +73,6 @@ class Changes:
 
     Attributes
     ----------
-    pending
-        Requests without a receipt.
     removed
         user_id, item_id, request_id: one row for each rating and request, in the model or not.
     pairs
@@ -49,27 +83,21 @@ class Changes:
         Ratings that requests take out of the model, and new or corrected ones.
     net
         By how many ratings the model grows.
-    ratings_version, ingest_id, tombstones_version
-        The state of the tables that this was computed from.
     """
 
-    pending: DataFrame | None
+    news: News
     removed: DataFrame | None
     pairs: DataFrame
     blocks: dict[str, list[int]]
-    n_requests: int
     n_removed: int
     n_added: int
     net: int
-    ratings_version: int
-    ingest_id: int
-    tombstones_version: int | None
 
     @property
     def figures(self) -> dict[str, Any]:
         """Of the job's JSON."""
         return {
-            "requests": self.n_requests,
+            "requests": self.news.n_requests,
             "ratings_removed": self.n_removed,
             "ratings_added": self.n_added,
         }
@@ -80,11 +108,8 @@ class Changes:
         return n_changes >= max(LARGE_CHANGES, LARGE_SHARE * n_ratings)
 
 
-def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Changes:
-    """Pending requests, the ratings that they take out of the model, and the new ratings.
-
-    Reads the user blocks that the requests name, and all of the ratings only for a request that
-    names an item.
+def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
+    """Pending requests, and how much was ingested; reads no rating that the model knows.
 
     Raises
     ------
@@ -101,24 +126,37 @@ def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Chang
     )
     ratings_version, tombstones_version = heads["ratings"], heads["tombstones"]
     assert ratings_version is not None
-    news = ratings_version != model.ratings_version
-    pending, removed, leaving = None, None, None
+    pending = None
     scopes: dict[str, int] = {}
     if tombstones_version is not None:
         pending = materialise(_pending(store, model, tombstones_version), checkpoint)
         scopes = dict(pending.groupBy("scope").count().toLocalIterator())
-    if pending is not None and scopes:
-        found = _found(store, model, pending, "item" in scopes, ratings_version)
+    ingest_id, n_users = model.ratings_ingest_id or 0, 0
+    if ratings_version != model.ratings_version:
+        later = ratings.since(store, ingest_id, ratings_version)
+        newest = F.coalesce(F.max("ingest_id"), F.lit(ingest_id))
+        row = later.agg(newest, F.approx_count_distinct("user_id")).first()
+        assert row is not None
+        ingest_id, n_users = row
+    return News(pending, scopes, n_users, ratings_version, ingest_id, tombstones_version)
+
+
+def collect_changes(store: Store, model: ModelVersion, news: News, checkpoint: str) -> Changes:
+    """The ratings that requests take out of the model, and those that come in.
+
+    Reads the user blocks that the requests name, and all of the ratings only for a request that
+    names an item.
+    """
+    ratings_version, tombstones_version = news.ratings_version, news.tombstones_version
+    removed, leaving, pairs = None, None, None
+    if news.pending is not None and news.n_requests:
+        found = _found(store, model, news.pending, "item" in news.scopes, ratings_version)
         found = materialise(found, checkpoint)
         removed = found.select(*PAIR, F.explode("asked").alias("request_id")).distinct()
         leaving = found.where("known").select(*PAIR, "rating")
-    pairs = _changed(leaving, -1) if leaving is not None else None
-    ingest_id = model.ratings_ingest_id or 0
-    if news:
-        later = ratings.since(store, ingest_id, ratings_version)
-        newest = later.agg(F.coalesce(F.max("ingest_id"), F.lit(ingest_id))).first()
-        assert newest is not None
-        ingest_id = newest[0]
+        pairs = _changed(leaving, -1)
+    ingested = ratings_version != model.ratings_version
+    if ingested:
         added = _added(store, model, removed, ratings_version, tombstones_version)
         added = materialise(added, checkpoint)
         replaced = ratings.covering(store, added.select(PAIR), model.ratings_version)
@@ -132,20 +170,16 @@ def collect_changes(store: Store, model: ModelVersion, checkpoint: str) -> Chang
         pairs = _changed(nothing.select(*PAIR, "rating"), 1)
     n_left, n_added, *blocks = _counted(pairs, model)
     n_removed = n_left
-    if news:  # old values of corrected ratings leave as well
+    if ingested:  # old values of corrected ratings leave as well
         n_removed = leaving.count() if leaving is not None else 0
     return Changes(
-        pending,
+        news,
         removed,
         pairs,
         {side: sorted(numbers) for side, numbers in zip(SIDES, blocks, strict=True)},
-        sum(scopes.values()),
         n_removed,
         n_added,
         n_added - n_left,
-        ratings_version,
-        ingest_id,
-        tombstones_version,
     )
 
 

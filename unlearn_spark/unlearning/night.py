@@ -32,7 +32,7 @@ from unlearn_spark.als.training import aggregates_of, fit_factors, solver_of
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import factors, models, ratings, receipts
 from unlearn_spark.tables.models import Sizes
-from unlearn_spark.unlearning.changes import Changes, collect_changes
+from unlearn_spark.unlearning.changes import Changes, collect_changes, find_news
 from unlearn_spark.unlearning.frontier import Frontier, Work
 
 if TYPE_CHECKING:
@@ -49,9 +49,6 @@ MODEL_TABLES = ("user_factors", "item_factors", "ledger", "rating_blocks", "rati
 
 NEAR_SHARE = 0.5
 """Of all rows: a night whose changes lie in blocks with more opens the whole ledger at once."""
-
-SMALL_RATINGS = 5_000_000
-"""A night that changes users in blocks with more ratings compiles its queries."""
 
 FEW_BYTES = 8 * 2**20
 """Re-solved factors of a side of no more bytes are sent to every task that writes factors."""
@@ -72,19 +69,9 @@ class Tonight:
     kind: str
     started: float
 
-    @property
-    def is_small(self) -> bool:
-        """Is what is read little enough for `SMALL_QUERIES`?
-
-        Delta's merge, which deletes ratings, reads all rows of the files in which it finds some:
-        of all ratings about the share that the users' blocks are of all blocks.
-        """
-        n_blocks = self.model.settings["layouts"]["user"]["n_blocks"]
-        return self.sizes.ratings * len(self.changes.blocks["user"]) / n_blocks <= SMALL_RATINGS
-
     def retained(self) -> DataFrame:
         """user_id, item_id, rating: what the model may know in the morning."""
-        versions = self.changes.ratings_version, self.changes.tombstones_version
+        versions = self.changes.news.ratings_version, self.changes.news.tombstones_version
         return ratings.retained(self.store, *versions).select("user_id", "item_id", "rating")
 
     def metrics(self, figures: dict[str, Any]) -> dict[str, Any]:
@@ -122,32 +109,40 @@ def run_night(
     started = time.perf_counter()
     with session_conf(store.spark, SMALL_QUERIES):
         model = models.published(store)
+        news = find_news(store, model, settings.execution.checkpoint)
+    idle = {"model_version": model.model_version, "requests": 0, "ratings_removed": 0}
+    if not news.n_requests and (kind == "unlearn" or not news.n_users):
+        return idle
+    night, done = None, None
+    with session_conf(store.spark, SMALL_QUERIES if news.is_small else {}):
         found: dict[str, Any] = publishing.together(
             {
-                "changes": lambda: collect_changes(store, model, settings.execution.checkpoint),
+                "changes": lambda: collect_changes(
+                    store, model, news, settings.execution.checkpoint
+                ),
                 "sizes": lambda: models.sizes(store, model),
                 "logs": partial(read_logs, store, model),
             }
         )
-    changes: Changes = found["changes"]
-    idle = not changes.n_requests and (kind == "unlearn" or not changes.n_added)
-    if idle:
-        return {"model_version": model.model_version, "requests": 0, "ratings_removed": 0}
-    progress(
-        f"{changes.n_requests} requests take {changes.n_removed} ratings out; "
-        f"{changes.n_added} new or corrected ratings come in"
-    )
-    sizes: Sizes = found["sizes"]
-    n_ratings = sizes.ratings + changes.net
-    if n_ratings <= 0:
-        raise InputError(
-            "these requests remove every rating of the model, which leaves nothing to publish; "
-            "ingest other ratings first"
+        changes: Changes = found["changes"]
+        if not news.n_requests and not changes.n_added:
+            return idle
+        progress(
+            f"{news.n_requests} requests take {changes.n_removed} ratings out; "
+            f"{changes.n_added} new or corrected ratings come in"
         )
-    tonight = Tonight(store, settings, model, changes, sizes, n_ratings, progress, kind, started)
-    ledger = factors.read_ledger(store, model.ledger_version)  # refused before anything is written
-    night, done = None, None
-    with session_conf(store.spark, SMALL_QUERIES if tonight.is_small else {}):
+        sizes: Sizes = found["sizes"]
+        n_ratings = sizes.ratings + changes.net
+        if n_ratings <= 0:
+            raise InputError(
+                "these requests remove every rating of the model, which leaves nothing to publish; "
+                "ingest other ratings first"
+            )
+        tonight = Tonight(
+            store, settings, model, changes, sizes, n_ratings, progress, kind, started
+        )
+        # An old one is refused before anything is written.
+        ledger = factors.read_ledger(store, model.ledger_version)
         # A night mostly waits, and a job that dies after this finds the same work again.
         deletion = ThreadPoolExecutor(1).submit(_delete_ratings, store, changes)
         if changes.are_large(sizes.ratings):
@@ -215,9 +210,9 @@ def _sweep(
         kind=tonight.kind,
         parent=model,
         tau=tonight.settings.unlearn.tau,
-        ratings_version=changes.ratings_version,
-        ratings_ingest_id=changes.ingest_id,
-        tombstones_version=changes.tombstones_version,
+        ratings_version=changes.news.ratings_version,
+        ratings_ingest_id=changes.news.ingest_id,
+        tombstones_version=changes.news.tombstones_version,
         writes={
             "ratings_version": deletion.result,
             **_receipts_write(store, model, changes, n_rows, summary.max_residual),
@@ -507,8 +502,8 @@ class Night:
             parent=self.model.model_version,
             kind=self.tonight.kind,
             ratings_version=deletion.result(),
-            ratings_ingest_id=changes.ingest_id,
-            tombstones_version=changes.tombstones_version,
+            ratings_ingest_id=changes.news.ingest_id,
+            tombstones_version=changes.news.tombstones_version,
             settings={**self.model.settings, "layouts": self.layouts},
             metrics={
                 **self.tonight.metrics(figures),
@@ -549,13 +544,13 @@ class Night:
 
 def _delete_ratings(store: Store, changes: Changes) -> int:
     """Delete what the requests cover; returns the version of the ratings without it."""
-    version = changes.ratings_version
+    version = changes.news.ratings_version
     if changes.removed is None or not changes.removed.limit(1).count():
         return version
     unchanged = store.version(ratings.TABLE) == version
     if unchanged:
         version = ratings.delete(store, changes.removed.select("user_id", "item_id"))
-    if not unchanged or version > changes.ratings_version + 1:
+    if not unchanged or version > changes.news.ratings_version + 1:
         raise ConflictError("table ratings: ratings were ingested meanwhile; run this job again")
     return version
 
@@ -564,12 +559,12 @@ def _receipts_write(
     store: Store, model: ModelVersion, changes: Changes, n_solved: int, worst: float
 ) -> dict[str, Callable[[], int]]:
     """The write that answers tonight's requests, if there are any."""
-    if not changes.n_requests:
+    if not changes.news.n_requests:
         return {}
-    assert changes.pending is not None
+    assert changes.news.pending is not None
     assert changes.removed is not None
     counted = changes.removed.groupBy("request_id").agg(F.count(F.lit(1)).alias("ratings_removed"))
-    rows = changes.pending.join(counted, "request_id", "left").select(
+    rows = changes.news.pending.join(counted, "request_id", "left").select(
         "request_id",
         F.lit(publishing.next_version(model)).cast("long").alias("model_version"),
         F.coalesce("ratings_removed", F.lit(0)).cast("long").alias("ratings_removed"),
