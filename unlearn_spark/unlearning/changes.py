@@ -73,6 +73,8 @@ class Changes:
 
     Attributes
     ----------
+    news
+        What it was computed from.
     removed
         user_id, item_id, request_id: one row for each rating and request, in the model or not.
     pairs
