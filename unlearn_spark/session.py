@@ -72,7 +72,7 @@ _STATIC_DEFAULTS = {
     "spark.broadcast.blockSize": "256k",
 }
 
-# Set once the session runs, where it was not built here as well.
+# Set once the session runs, also where it was not built here.
 _DEFAULTS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "200000",

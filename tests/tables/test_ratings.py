@@ -256,7 +256,11 @@ def test_newest_rating_of_a_pair_wins_and_the_same_file_changes_nothing(store, t
 
 @pytest.mark.parametrize(
     ("few_pairs", "broadcast_rows"),
-    [(250_000, 2_000_000), (1, 2_000_000), pytest.param(0, 0, marks=pytest.mark.slow)],
+    [
+        (ratings.FEW_PAIRS, ratings.BROADCAST_ROWS),
+        (1, ratings.BROADCAST_ROWS),
+        pytest.param(0, 0, marks=pytest.mark.slow),
+    ],
     ids=["few", "more", "many"],
 )
 def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(

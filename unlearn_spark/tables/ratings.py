@@ -213,10 +213,10 @@ def delete(store: Store, pairs: DataFrame) -> int:
         condition = " AND ".join(one_of(name, values) for name, values in places.items())
         among = _among(found.column("user_id"), found.column("item_id"))
         store.delete(TABLE, condition, ("user_id", "item_id"), among)
-        return store.version(TABLE)
-    near, n_pairs = _near(keyed, "t.")
-    clauses = ["WHEN MATCHED THEN DELETE"]
-    store.merge(TABLE, _hinted(keyed, n_pairs), _pair_condition(near), clauses)
+    else:
+        near, n_pairs = _near(keyed, "t.")
+        clauses = ["WHEN MATCHED THEN DELETE"]
+        store.merge(TABLE, _hinted(keyed, n_pairs), _pair_condition(near), clauses)
     return store.version(TABLE)
 
 

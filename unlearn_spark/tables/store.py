@@ -297,12 +297,13 @@ class Store:
         condition: str,
         columns: Sequence[str],
         is_gone: Callable[..., pa.Array],
-    ) -> int:
+    ) -> None:
         """Delete the rows that a Python function finds among those that meet an SQL condition.
 
         Delta writes the condition into the log, and of the function its name alone: what it looks
         for stays out. Unlike a merge, which numbers all rows of a file before it compares any,
-        this hands the condition to Parquet, which skips pages by it.
+        this hands the condition to Parquet, which skips pages by it. Where no row goes there is no
+        new version.
 
         Parameters
         ----------
@@ -312,8 +313,6 @@ class Store:
             What the function gets, as Arrow arrays of one length.
         is_gone
             Returns booleans of that length.
-
-        Returns how many rows went; none, and no version is made.
         """
         name = f"is_gone_{uuid.uuid4().hex}"
         function = F.arrow_udf(is_gone, "boolean")  # type: ignore[call-overload]
@@ -321,11 +320,9 @@ class Store:
         found = f"{condition} AND {name}({', '.join(columns)})"
         try:
             with self._explained(table):
-                row = self.spark.sql(f"DELETE FROM {self.name(table)} WHERE {found}").first()
+                self.spark.sql(f"DELETE FROM {self.name(table)} WHERE {found}")
         finally:
             self.spark.sql(f"DROP TEMPORARY FUNCTION IF EXISTS {name}")
-        assert row is not None
-        return int(row["num_affected_rows"])
 
     def restore(self, table: str, version: int) -> int:
         """Make an earlier version the current one, by a commit that copies no data.

@@ -106,10 +106,10 @@ def run_night(
     ConflictError
         Another job published meanwhile; nothing became visible.
     """
-    started = time.perf_counter()
+    started, checkpoint = time.perf_counter(), settings.execution.checkpoint
     with session_conf(store.spark, SMALL_QUERIES):
         model = models.published(store)
-        news = find_news(store, model, settings.execution.checkpoint)
+        news = find_news(store, model, checkpoint)
     idle = {"model_version": model.model_version, "requests": 0, "ratings_removed": 0}
     if not news.n_requests and (kind == "unlearn" or not news.n_users):
         return idle
@@ -117,10 +117,8 @@ def run_night(
     with session_conf(store.spark, SMALL_QUERIES if news.is_small else {}):
         found: dict[str, Any] = publishing.together(
             {
-                "changes": lambda: collect_changes(
-                    store, model, news, settings.execution.checkpoint
-                ),
-                "sizes": lambda: models.sizes(store, model),
+                "changes": partial(collect_changes, store, model, news, checkpoint),
+                "sizes": partial(models.sizes, store, model),
                 "logs": partial(read_logs, store, model),
             }
         )
