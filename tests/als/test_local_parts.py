@@ -1,6 +1,7 @@
 """Parts that workers keep beside them: used, missed, sent again, and removed."""
 
 import shutil
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +42,28 @@ def factors(result):
     return np.array([rows[id] for id in sorted(rows)])
 
 
-def test_parts_are_sent_once_and_files_go_with_the_fit(ratings, monkeypatch):
-    sent = []
+@pytest.fixture
+def sent(monkeypatch):
+    """One boolean for every attempt at a sweep: did it send the ratings?"""
+    found = []
     sweep = training.Sweeper._sweep
     monkeypatch.setattr(
         training.Sweeper,
         "_sweep",
-        lambda self, y, iterate, all_parts: sent.append(all_parts) or sweep(
+        lambda self, y, iterate, all_parts: found.append(all_parts) or sweep(
             self, y, iterate, all_parts
         ),
     )  # fmt: skip
+    return found
+
+
+def test_no_sweep_sends_ratings_and_files_go_with_the_fit(ratings, sent):
     kept = []
     result = fit(ratings, lambda report: kept.append(files()))
     parts = sum(layout.n_parts for layout in result.encoded.layouts.values())
     assert parts > 4
     assert [len(found) for found in kept] == [parts] * 4
-    assert sent == [True, False, False, False]
+    assert sent == [False] * 4
     result.release()
     assert not files()
 
@@ -86,3 +93,15 @@ def test_parts_that_are_missing_are_sent_again(ratings, expected, lost):
     assert result.summary.sweeps == 4
     result.release()
     assert not files()
+
+
+def test_ratings_are_sent_where_no_file_can_be_kept(ratings, expected, sent, monkeypatch):
+    token = uuid.uuid4()
+    monkeypatch.setattr(training.uuid, "uuid4", lambda: token)
+    in_the_way = Path(SparkFiles.getRootDirectory()) / f"unlearn-spark-{token.hex}"
+    in_the_way.touch()  # instead of a directory
+    result = fit(ratings)
+    np.testing.assert_array_equal(factors(result), expected)
+    assert sent == [False, True] * training.MOST_MISSED + [True]
+    result.release()
+    in_the_way.unlink()

@@ -1,11 +1,11 @@
 """Rating parts in files beside the workers, so that the ratings reach Python once in a training.
 
 Taking a part out of Spark's cache, through Arrow and a pipe into a worker, is about a tenth of a
-sweep (docs/performance.md), and a training would do it in every sweep. So the first sweep leaves
-each part in a memory-mapped file, which every worker of the machine shares. Later sweeps send
-factors alone, to where Spark has the part in its cache, which is where the file is; a part that is
-not there after all (an executor was lost, a disk was full) is reported as missing, and the driver
-sends it again.
+sweep (docs/performance.md), and a training would do it in every sweep. So `keep` leaves each part,
+sorted, in a memory-mapped file, which every worker of the machine shares. Sweeps send factors
+alone, to where Spark has the part in its cache, which is where the file is; a part that is not
+there after all (an executor was lost, a disk was full) is reported as missing, and the driver
+sends it to the workers, which keep it again.
 
 The files lie in the directory that Spark makes for an application's files on every node, and
 removes at its end, as it does with its own shuffle files. `drop` removes them earlier.
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +26,7 @@ import pyarrow as pa
 from pyspark import SparkFiles
 
 from unlearn_spark.als.blocks import RatingBlock
-from unlearn_spark.als.spark import binary_table, part_of
+from unlearn_spark.als.spark import arrays_of, binary_table, part_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -41,8 +43,8 @@ class PartReader:
     side
         "user" or "item".
     sent
-        The ratings come with the factors, and are kept; else they are looked for where an earlier
-        sweep has left them.
+        The ratings come with the factors, and are kept; else they are looked for where `keep` or an
+        earlier sweep has left them.
     """
 
     token: str | None = None
@@ -59,16 +61,17 @@ class PartReader:
         """
         if self.sent:
             number, block = part_of(pieces)
-            self._keep(number, block)
+            self.keep(number, block)
             return number, block
         number = pieces["part"][0].as_py()
         try:
             with pa.memory_map(str(self._path(number))) as source:
                 return part_of(pa.ipc.open_file(source).read_all())
-        except FileNotFoundError:
+        except OSError:  # above all FileNotFoundError
             return number, None
 
-    def _keep(self, number: int, block: RatingBlock) -> None:
+    def keep(self, number: int, block: RatingBlock) -> None:
+        """Leave a part where `read` looks for it; runs in a worker."""
         if self.token is None:
             return
         path = self._path(number)
@@ -80,7 +83,8 @@ class PartReader:
                 writer.write_table(table)
             mine.replace(path)  # whole or not at all: another attempt may write the same part
         except OSError:  # the part will be missing, which the driver hears and answers
-            mine.unlink(missing_ok=True)
+            with suppress(OSError):
+                mine.unlink()
 
     def _path(self, number: int) -> Path:
         assert self.token is not None
@@ -89,6 +93,31 @@ class PartReader:
 
 def _directory(token: str) -> Path:
     return Path(SparkFiles.getRootDirectory()) / f"unlearn-spark-{token}"
+
+
+def keep(entries: DataFrame, token: str) -> None:
+    """Leave the parts of both sides on the machines on which Spark has them in its cache.
+
+    A pass over the partitions of the cache; to group them by part, Spark would sort the ratings in
+    the JVM, which took more memory there than all else.
+
+    Parameters
+    ----------
+    entries
+        What `encoding.encode` made, cached.
+    """
+
+    def write(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        pieces = defaultdict(list)
+        for batch in batches:
+            for row in arrays_of(batch):
+                pieces[row["side"], row["part"]].append(row)
+        while pieces:  # of a partition, mostly one part
+            (side, part), rows = pieces.popitem()
+            PartReader(token, side).keep(part, RatingBlock.from_pieces(rows))
+            yield binary_table([{"part": part}]).to_batches()[0]
+
+    entries.mapInArrow(write, "part int").count()
 
 
 def drop(parts: Sequence[DataFrame], token: str) -> None:

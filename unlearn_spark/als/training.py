@@ -22,7 +22,7 @@ from unlearn_spark.als.burst import CONVERGED, GOING_ON, Limits, burst, results_
 from unlearn_spark.als.encoding import SideLayout
 from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.kernel import Objective
-from unlearn_spark.als.local_parts import PartReader, drop
+from unlearn_spark.als.local_parts import PartReader, drop, keep
 from unlearn_spark.als.solver import Solver
 from unlearn_spark.als.spark import (
     LARGE_ROWS,
@@ -162,7 +162,7 @@ class Encoded:
     places: dict[str, DataFrame]
     n_ratings: int
     held: list[DataFrame]
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    token: str
 
     @property
     def anchor(self) -> str:
@@ -280,15 +280,18 @@ def _encode(ratings: DataFrame, settings: AlsSettings, execution: ExecutionSetti
         )
         for side in SIDES
     }
-    # On disk: the first sweep reads them, and then the workers have files of their own.
+    # On disk: once the workers have files of their own, Spark needs these no more if all goes well.
     entries = encoding.encode(fragments, numbered, layouts).persist(StorageLevel.DISK_ONLY)
     placed = entries.select("side", "key", "part").persist()
     placed.count()
     fragments.unpersist()
+    token = uuid.uuid4().hex
+    if not together:
+        keep(entries, token)
     parts = {side: encoding.entries_of(entries, side) for side in SIDES}
     places = {side: encoding.entries_of(placed, side) for side in SIDES}
     held = [placed, entries, *numbered.values()]
-    return Encoded(layouts, dictionaries, parts, places, n_ratings, held)
+    return Encoded(layouts, dictionaries, parts, places, n_ratings, held, token)
 
 
 def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str, tuple[Any, ...]]:
@@ -365,13 +368,12 @@ class Sweeper:
     def _run_in_jobs(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
         solver = solver_of(self.settings)
         accelerator = Accelerator(self.settings.memory)
-        sent, missed = True, 0
+        missed = 0
         for number in range(1, self.settings.max_sweeps + 1):
             started = time.perf_counter()
             before, self.held = self.held, [iterate.persist()]
             y = factors_of(iterate)
-            other, state, scalars = self._sweep(y, iterate, sent)
-            sent = missed >= MOST_MISSED
+            other, state, scalars = self._sweep(y, iterate, missed >= MOST_MISSED)
             if any(row["missing"] for row in scalars):
                 other, state, scalars = self._sweep(y, iterate, True)
                 missed += 1
