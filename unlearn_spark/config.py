@@ -74,7 +74,7 @@ class ExecutionSettings(_Section):
     """How work is cut into tasks. Results do not depend on these."""
 
     part_ratings: int = Field(8_000_000, ge=1)
-    """Ratings that one task holds at a time (about 8 bytes each, twice while it decodes)."""
+    """Ratings that one task holds at a time (about 8 bytes each, 40 while it sorts them)."""
     checkpoint: Literal["local", "persist"] = "local"
     """How a sweep's state is kept: `local` truncates the plan, `persist` only caches it."""
 

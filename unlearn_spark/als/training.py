@@ -448,7 +448,7 @@ class Sweeper:
         """What `run` returned, as rows (`finish_rows`)."""
         encoded = self.encoded
         factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
-        return finish_rows(encoded, self.settings, factors, swept=True)
+        return finish_rows(encoded, self.settings, factors)
 
     def release(self) -> None:
         """Drop the caches that the results stand on."""
@@ -470,17 +470,17 @@ class Sweeper:
 
 
 def finish_rows(
-    encoded: Encoded, settings: AlsSettings, factors: dict[str, DataFrame], swept: bool = False
+    encoded: Encoded, settings: AlsSettings, factors: dict[str, DataFrame], sent: bool = False
 ) -> dict[str, DataFrame]:
     """Factor parts of both sides as rows with ids, residuals recomputed in float64; cached.
 
     Parameters
     ----------
-    swept
-        A `Sweeper` has swept these ratings: they are looked for where it has left them.
+    sent
+        Send the ratings; else they are looked for where they are kept, and sent if any are missing.
     """
     solver = solver_of(settings)
-    kept = swept and not encoded.fits_one_task
+    kept = not sent and not encoded.fits_one_task
     parts = encoded.places if kept else encoded.parts
     rows = {}
     for side in SIDES:
@@ -500,7 +500,7 @@ def finish_rows(
         if any(found[side][0] != encoded.layouts[side].n_rows for side in SIDES):
             for frame in rows.values():
                 frame.unpersist()
-            return finish_rows(encoded, settings, factors)
+            return finish_rows(encoded, settings, factors, sent=True)
     return rows
 
 
