@@ -31,10 +31,7 @@ def spark() -> Iterator[Any]:
             "spark": {
                 "master": "local[2]",
                 "driver_memory": "3g",
-                "conf": {
-                    "spark.sql.shuffle.partitions": 2,
-                    "spark.databricks.delta.snapshotPartitions": 2,
-                },
+                "conf": {"spark.sql.shuffle.partitions": 2},
             }
         }
     )

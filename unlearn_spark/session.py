@@ -83,7 +83,7 @@ _DEFAULTS = {
     # Hardly two factors are alike: Parquet need not look every one up in a dictionary first.
     "parquet.enable.dictionary#factors.list.element": "false",
     # Re-reading a Delta log of a few commits needs no fifty tasks.
-    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.databricks.delta.snapshotPartitions": "1",
 }
 
 

@@ -194,8 +194,9 @@ def test_no_ratings_is_said(spark):
 def test_settings_of_a_step_leave_the_session_as_it_was(spark):
     ours = {"spark.sql.shuffle.partitions": "3", "spark.unlearn.of.nobody": "7"}
     before = {key: spark.conf.get(key, None) for key in ours}
-    with session_conf(spark, ours):
+    with session_conf(spark, {"spark.sql.warehouse.dir": "forbidden to change", **ours}):
         assert {key: spark.conf.get(key) for key in ours} == ours
+        assert spark.conf.get("spark.sql.warehouse.dir") != "forbidden to change"
     assert {key: spark.conf.get(key, None) for key in ours} == before
     with pytest.raises(RuntimeError), session_conf(spark, ours):
         raise RuntimeError

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyspark.sql import functions as F
 
-from unlearn_spark.errors import InputError, SettingsError
+from unlearn_spark.errors import ConflictError, InputError, SettingsError
 from unlearn_spark.tables import formats, quarantine, ratings
 
 THREE = [("1", "31", 2.5, 1260759144), ("1", "1029", 3.0, 1260759179), ("2", "31", 4.0, 835355493)]
@@ -302,8 +302,11 @@ def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
     pairs = spark.createDataFrame(
         [("ZZUSER3", "ZZITEM1"), ("5", "2")], "user_id string, item_id string"
     )
-    assert ratings.delete(store, pairs) == before + 1
-    assert ratings.delete(store, pairs) == before + 1, "nothing left to delete"
+    assert ratings.delete(store, pairs, before) == before + 1
+    assert ratings.delete(store, pairs, before + 1) == before + 1, "nothing left to delete"
+    with pytest.raises(ConflictError, match="ingested meanwhile"):
+        ratings.delete(store, pairs, before)
+    assert ratings.delete(store, pairs.limit(0), before) == before, "asks for nothing"
     assert ratings.read(store).count() == 18
     assert ratings.covering(store, pairs).count() == 0
     assert ratings.covering(store, pairs, before).count() == 2

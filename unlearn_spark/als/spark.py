@@ -154,20 +154,41 @@ SMALL_ROW_GROUPS = {"parquet.block.size": str(256 * 1024), "parquet.page.size.ro
 large as a chunk of ratings, so that of a file the wanted ones alone are read. (Delta hands none of
 a writer's own options to Parquet.)"""
 
-SMALL_QUERIES = {"spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-"""Interpret expressions outside of whole-stage code. Delta keeps the state of a table in rows of so
-many fields that Spark compiles none of their stages whole; each of their tasks then writes the code
-of its projections anew, and to split it measures it line by line with regular expressions. That was
-two fifths of what the tasks of a night took, and its small tables do not need compiled code."""
+SMALL_QUERIES = {
+    # Interpret expressions outside of whole-stage code. Delta keeps the state of a table in rows of
+    # so many fields that Spark compiles none of their stages whole; each of their tasks then writes
+    # the code of its projections anew, and to split it measures it line by line with regular
+    # expressions. That was two fifths of what the tasks of a night took, and its small tables do
+    # not need compiled code.
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    # For the commits of a Delta log, read as text, such code is written all the same, and every
+    # task has its share of unpacking plans: one task for what fits into one, however many cores.
+    "spark.sql.files.minPartitionNum": "1",
+    "spark.sql.files.maxPartitionBytes": "32m",
+    "spark.sql.shuffle.partitions": "1",
+    # Nothing is left to adapt, and to plan anew after every stage takes longer than most stages.
+    "spark.sql.adaptive.enabled": "false",
+}
+"""For many queries over small tables, where planning and starting tasks is what takes time. Where
+there may be many rows, the number of partitions must be said."""
 
 
 @contextmanager
 def session_conf(spark: SparkSession, conf: Mapping[str, str]) -> Iterator[None]:
-    """Plans that are made and run inside have these settings, and the session its own again."""
-    before = {key: spark.conf.get(key, None) for key in conf}
-    for key, value in conf.items():
-        spark.conf.set(key, value)
+    """Plans that are made and run inside have these settings, and the session its own again.
+
+    For settings that change how long something takes and no result: those that a cluster forbids to
+    change are left as they are.
+    """
+    before: dict[str, str | None] = {}
     try:
+        for key, value in conf.items():
+            old = spark.conf.get(key, None)
+            try:
+                spark.conf.set(key, value)
+            except Exception:
+                continue
+            before[key] = old
         yield
     finally:
         for key, old in before.items():

@@ -128,11 +128,12 @@ def bound_expression(gradient_norm: str = "gradient_norm", b_norm: str = "b_norm
     return F.when(b > 0, g / b).otherwise(F.when(g > 0, F.lit(float("inf"))).otherwise(F.lit(0.0)))
 
 
-def _placed(rows: DataFrame, *partition: str, within: str) -> DataFrame:
-    """One file per partition value, sorted inside."""
-    return rows.repartition(*[F.col(name) for name in partition]).sortWithinPartitions(
-        *partition, within
-    )
+def _placed(rows: DataFrame, *partition: str, within: str, n_tasks: int | None = None) -> DataFrame:
+    """One file per partition value, sorted inside; None: as many tasks as the session's shuffles
+    have."""
+    columns = [F.col(name) for name in partition]
+    placed = rows.repartition(*columns) if n_tasks is None else rows.repartition(n_tasks, *columns)
+    return placed.sortWithinPartitions(*partition, within)
 
 
 def write_factors(store: Store, side: str, rows: DataFrame) -> int:
@@ -158,7 +159,7 @@ def replace_factor_blocks(
     if gathered:
         rows = rows.sortWithinPartitions("block", "slot")
     else:
-        rows = _placed(rows, "block", within="slot")
+        rows = _placed(rows, "block", within="slot", n_tasks=len(blocks))
     return store.replace_where(factor_table(side), rows, in_blocks(blocks))
 
 

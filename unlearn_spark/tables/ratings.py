@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from unlearn_spark.als.spark import one_of
-from unlearn_spark.errors import InputError
+from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import formats, quarantine, tombstones
 from unlearn_spark.tables.store import Store, TableSpec, outdated
 from unlearn_spark.unlearning import requests
@@ -198,17 +198,26 @@ def _chosen_user_blocks(store: Store) -> int | None:
 # --- deleting -------------------------------------------------------------------------------
 
 
-def delete(store: Store, pairs: DataFrame) -> int:
-    """Remove pairs (user_id, item_id in the table's types); returns the Delta version afterwards.
+def delete(store: Store, pairs: DataFrame, version: int) -> int:
+    """Remove pairs (user_id, item_id in the table's types) from the newest `version`; returns the
+    Delta version afterwards.
 
     Neither way leaves ids in the log, as the predicate of a plain DELETE would: few pairs are found
     by a function of which the log has the name, many meet the table in a merge. Rows are marked in
     deletion vectors; their bytes go with `purge`.
+
+    Raises
+    ------
+    ConflictError
+        There are pairs, and the table has another newest version, or got one meanwhile.
     """
     keyed = pairs.select("user_id", "item_id").distinct()
     keyed = keyed.select(*_places(F.col("user_id"), user_blocks(store)), "user_id", "item_id")
     found = keyed.limit(FEW_PAIRS + 1).toArrow()
+    if not len(found):
+        return version
     places = {name: found.column(name).unique().to_pylist() for name in ("user_block", "user_key")}
+    _checked(store, version)
     if len(found) <= FEW_PAIRS and len(places["user_key"]) <= FEW_KEYS:
         condition = " AND ".join(one_of(name, values) for name, values in places.items())
         among = _among(found.column("user_id"), found.column("item_id"))
@@ -217,7 +226,15 @@ def delete(store: Store, pairs: DataFrame) -> int:
         near, n_pairs = _near(keyed, "t.")
         clauses = ["WHEN MATCHED THEN DELETE"]
         store.merge(TABLE, _hinted(keyed, n_pairs), _pair_condition(near), clauses)
-    return store.version(TABLE)
+    return _checked(store, version, version + 1)
+
+
+def _checked(store: Store, *expected: int) -> int:
+    """The newest version of the table, which must be one of the expected."""
+    version = store.version(TABLE)
+    if version not in expected:
+        raise ConflictError("table ratings: ratings were ingested meanwhile; run this job again")
+    return version
 
 
 def _among(

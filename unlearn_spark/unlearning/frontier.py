@@ -203,6 +203,8 @@ class Frontier:
             .where(F.col("side") == side)
             .mapInArrow(exchange.moved_unpacker(self.solver.rank), exchange.MOVED)
         )
+        if not few:
+            moved = moved.repartition(len(self.paging.keys), "slot")
         newer = moved.groupBy("slot").agg(F.max_by("factors", "round").alias("newer"))
         return (
             rows.join(F.broadcast(newer) if few else newer, "slot", "left")
@@ -211,8 +213,8 @@ class Frontier:
         )
 
     def entries(self) -> DataFrame:
-        """The ledger of both sides as rows (`exchange.ENTRIES`); all of a block lie in one
-        partition."""
+        """The ledger of both sides as rows (`exchange.ENTRIES`), by block and slot; all of a block
+        lie in one partition."""
         return self.pages.mapInArrow(exchange.entry_unpacker(self.n_blocks), exchange.ENTRIES)
 
     def ratings_of(
