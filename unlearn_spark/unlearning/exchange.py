@@ -466,21 +466,21 @@ def entry_unpacker(
                 page = Page.from_binary(row)
                 ids = pa.ipc.read_record_batch(row["ids"], _IDS).column(0)
                 blocks = page.slots % np.int32(n_blocks[row["side"]])
-                # Sorted here, because Spark's sort of sorted rows is one look at each.
-                order = np.lexsort((page.slots, blocks))
                 entries = pa.table(
                     {
                         "side": pa.array([row["side"]] * len(ids), pa.string()),
-                        "id": ids.take(order),
-                        "block": blocks[order],
-                        "slot": page.slots[order],
-                        "chunk": page.chunks[order],
-                        "n_ratings": page.n_ratings[order],
-                        "gradient_norm": page.gradient_norm[order],
-                        "b_norm": page.b_norm[order],
-                        "factor_norm": page.factor_norm[order],
+                        "id": ids,
+                        "block": blocks,
+                        "slot": page.slots,
+                        "chunk": page.chunks,
+                        "n_ratings": page.n_ratings,
+                        "gradient_norm": page.gradient_norm,
+                        "b_norm": page.b_norm,
+                        "factor_norm": page.factor_norm,
                     }
                 )
+                # Sorted here, because Spark's sort of sorted rows is one look at each.
+                entries = entries.take(np.lexsort((page.slots, blocks)))
                 yield from entries.to_batches(ENTRIES_AT_A_TIME)
 
     return unpack
