@@ -50,10 +50,8 @@ def sent(monkeypatch):
     monkeypatch.setattr(
         training.Sweeper,
         "_sweep",
-        lambda self, y, iterate, all_parts: found.append(all_parts) or sweep(
-            self, y, iterate, all_parts
-        ),
-    )  # fmt: skip
+        lambda self, iterate, all_parts: found.append(all_parts) or sweep(self, iterate, all_parts),
+    )
     return found
 
 

@@ -193,7 +193,7 @@ def _starting_parts(encoded: Encoded, als: AlsSettings, side: str, given: DataFr
         encoded.dictionaries[side]
         .join(given.select("id", "factors"), "id", "left")
         .select(
-            part_key("slot", layout.keys).alias("key"),
+            F.expr(part_key("slot", layout.keys)).alias("key"),
             "slot",
             F.xxhash64("id").alias("hash"),
             "factors",

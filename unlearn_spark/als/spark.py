@@ -240,9 +240,9 @@ def balanced_keys(n: int) -> tuple[int, ...]:
     return tuple(keys[index] for index in range(n))
 
 
-def part_key(slot: str, keys: Sequence[int]) -> Column:
-    """The grouping key of the part that a slot (or a part's own number) belongs to."""
-    return F.expr(f"element_at(array({', '.join(map(str, keys))}), {slot} % {len(keys)} + 1)")
+def part_key(slot: str, keys: Sequence[int]) -> str:
+    """SQL for: the grouping key of the part that a slot (or a part's own number) belongs to."""
+    return f"element_at(array({', '.join(map(str, keys))}), {slot} % {len(keys)} + 1)"
 
 
 def block_of(id: str, n_blocks: int) -> Column:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyspark.sql import functions as F
 
 from unlearn_spark.als.blocks import chunk_numbers, raw
 from unlearn_spark.als.kernel import row_residuals
@@ -71,28 +70,38 @@ SENT = PartReader()
 """Ratings come along, and are not kept."""
 
 
-def deliver(to: SideLayout, other: DataFrame, own: DataFrame | None = None) -> DataFrame:
+def deliver(
+    to: SideLayout, other: DataFrame, own: DataFrame | None = None, stack: str = "factors"
+) -> DataFrame:
     """Messages for every part of a side, placed as its rating parts are.
+
+    In SQL, because both cores wait for this in every sweep: columns that are built one by one take
+    twice as long.
 
     Parameters
     ----------
     other
-        Factor parts (`FACTOR_SCHEMA`) of the other side; each goes to every part.
+        Factor parts (`FACTOR_SCHEMA`, more columns are left out) of the other side; each goes to
+        every part.
     own
         Rows with part, slots and factors of the side itself; each goes to its own part.
+    stack
+        The column of `own` that is sent as its factors.
     """
-    every = F.explode(F.array(*[F.lit(key) for key in to.keys]))
-    columns = ["key", "own", *FACTOR_KINDS]
-    messages = other.withColumns({"key": every, "own": F.lit(False)}).select(columns)
+    every = f"explode(array({', '.join(map(str, to.keys))})) AS key"
+    messages = other.selectExpr(every, "false AS own", *FACTOR_KINDS)
     if own is not None:
-        mine = {
-            "key": part_key("part", to.keys),
-            "own": F.lit(True),
-            "gram": F.lit(None).cast("binary"),
-            "scalar": F.lit(0.0),
-            "missing": F.lit(0),
-        }
-        messages = messages.unionByName(own.withColumns(mine).select(columns))
+        mine = own.selectExpr(
+            f"{part_key('part', to.keys)} AS key",
+            "true AS own",
+            "part",
+            "slots",
+            f"{stack} AS factors",
+            "CAST(NULL AS binary) AS gram",
+            "0D AS scalar",
+            "0 AS missing",
+        )
+        messages = messages.union(mine)
     return messages.repartition(to.n_places, "key")
 
 
@@ -137,8 +146,7 @@ def sweep_anchor(
 
     `iterate` is what `next_iterate` made: y and the history that stays, stacked.
     """
-    kept = iterate.select("part", "slots", F.col("history").alias("factors"))
-    messages = deliver(layout, other, kept)
+    messages = deliver(layout, other, iterate, stack="history")
 
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
@@ -228,7 +236,7 @@ def iterate_rows(
 
 def factors_of(iterate: DataFrame) -> DataFrame:
     """The iterate's y as factor parts (`FACTOR_SCHEMA`)."""
-    return iterate.select(*FACTOR_KINDS)
+    return iterate.drop("history")
 
 
 def finish_side(
@@ -244,7 +252,7 @@ def finish_side(
 
     There are no rows of a part whose ratings the reader does not find.
     """
-    messages = deliver(layout, other, own.select("part", "slots", "factors"))
+    messages = deliver(layout, other, own)
 
     def scan(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:

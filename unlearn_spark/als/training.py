@@ -372,10 +372,9 @@ class Sweeper:
         for number in range(1, self.settings.max_sweeps + 1):
             started = time.perf_counter()
             before, self.held = self.held, [iterate.persist()]
-            y = factors_of(iterate)
-            other, state, scalars = self._sweep(y, iterate, missed >= MOST_MISSED)
+            other, state, scalars = self._sweep(iterate, missed >= MOST_MISSED)
             if any(row["missing"] for row in scalars):
-                other, state, scalars = self._sweep(y, iterate, True)
+                other, state, scalars = self._sweep(iterate, True)
                 missed += 1
             objective = objective_of(scalars)
             worst = max(row["worst"] for row in scalars)
@@ -384,7 +383,7 @@ class Sweeper:
             size = math.isqrt(len(products))
             self._report(number, objective, worst, time.perf_counter() - started)
             if worst <= self.settings.tol:
-                return y, other, True
+                return factors_of(iterate), other, True
             step = accelerator.step(objective, worst, products.reshape(size, size))
             if number == self.settings.max_sweeps:
                 # The cap: the newest plain half-sweep is the better of the two anchors.
@@ -395,9 +394,7 @@ class Sweeper:
             iterate = next_iterate(solver, state, step.weights, step.keep, step.drop_newest)
         raise AssertionError("max_sweeps is at least 1")
 
-    def _sweep(
-        self, y: DataFrame, iterate: DataFrame, sent: bool
-    ) -> tuple[DataFrame, DataFrame, list[Row]]:
+    def _sweep(self, iterate: DataFrame, sent: bool) -> tuple[DataFrame, DataFrame, list[Row]]:
         """The other side, the anchor's state, and the scalars of that; the ratings are sent along
         or looked for where they were sent before."""
         encoded, solver, side = self.encoded, solver_of(self.settings), self.encoded.anchor
@@ -405,7 +402,12 @@ class Sweeper:
         readers = {name: PartReader(encoded.token, name, sent) for name in SIDES}
         against = other_side(side)
         other = solve_side(
-            solver, parts[against], layouts[against], y, layouts[side].n_slots, readers[against]
+            solver,
+            parts[against],
+            layouts[against],
+            iterate,
+            layouts[side].n_slots,
+            readers[against],
         ).persist()
         swept = sweep_anchor(
             solver,
@@ -418,8 +420,7 @@ class Sweeper:
         )
         state = materialise(swept, self.execution.checkpoint)
         self.held += [other, state]
-        names = ("quadratic", "penalty", "worst", "products", "missing")
-        return other, state, state.select(*names).collect()
+        return other, state, state.drop("slots", "history").collect()
 
     def _run_in_bursts(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
         """The same for ratings that fit one task, without a Spark job for every sweep."""

@@ -176,7 +176,7 @@ class Frontier:
     @property
     def _page(self) -> Column:
         """The key of the page that a block lies in."""
-        return part_key("block", self.paging.keys).alias("page")
+        return F.expr(part_key("block", self.paging.keys)).alias("page")
 
     def _by_page(self, frame: DataFrame) -> GroupedData:
         """Rows that have a `page`, grouped by it, a task for each page.
