@@ -212,15 +212,13 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     if logging.exists():
         conf["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={logging.as_uri()}"
     conf = with_further(conf, spark_settings.conf)
-    if remote:
-        builder = builder.remote(remote)
-    elif spark_settings.master or not submitted:
-        master = spark_settings.master or "local[*]"
-        builder = builder.master(master)
-        if master.startswith("local"):
-            # Spark's 200 are for clusters: here each of them is a task of a few milliseconds that
-            # costs ten to schedule.
-            conf.setdefault("spark.sql.shuffle.partitions", str(max(4, os.cpu_count() or 1)))
+    place = remote or spark_settings.master or ("" if submitted else "local[*]")
+    if place:
+        builder = builder.remote(place) if remote else builder.master(place)
+    if place.startswith("local"):
+        # Spark's 200 are for clusters: here each of them is a task of a few milliseconds that
+        # costs ten to schedule.
+        conf.setdefault("spark.sql.shuffle.partitions", str(max(4, os.cpu_count() or 1)))
     for key, value in conf.items():
         builder = builder.config(key, value)
     if not any(jars_directory().glob("delta-spark*.jar")) and "spark.jars" not in conf:
