@@ -3,7 +3,9 @@
     python benchmarks/cores.py --ratings 10000000 --rank 64
 
 Every number of cores has a process of its own, which is bound to so many, its JVM and workers with
-it. They alternate.
+it. They alternate. In the same minutes our kernel without Spark sweeps the same ratings, in as many
+processes: how much faster that gets is what the machine has to give. (Of a virtual machine's cores,
+two may be one.)
 """
 
 from __future__ import annotations
@@ -16,20 +18,30 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
+from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common
+from benchmarks import common, kernels
+from unlearn_spark.als.blocks import RatingBlock
 from unlearn_spark.config import ExecutionSettings
 
 
 def sweep_seconds(
     cores: int, users: int, items: int, ratings: int, rank: int, part_ratings: int
-) -> float:
-    """The least of eight sweeps of a second fit in a session that is bound to so many cores."""
+) -> dict[str, float]:
+    """The least of eight sweeps, of the kernel alone and of a second fit in a session, both bound
+    to so many cores."""
     from unlearn_spark.als.training import fit_factors
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    u, i, values = kernels.entries(users, items, ratings)
+    sides = [RatingBlock.from_entries(u, i, values), RatingBlock.from_entries(i, u, values)]
+    random = np.random.default_rng(1)
+    fixed = [random.normal(0, 0.3, (side.n_rows, rank)).astype(np.float32) for side in sides]
+    with threadpool_limits(1, "blas"):
+        alone = min(kernels.sweeps("ours", sides, fixed, False, 8))
     spark = common.session(**{"spark.master": f"local[{cores}]"})
     frame = common.generated(spark, users, items, ratings)
     als = common.als_settings(rank, False, max_sweeps=8, tol=1e-12)
@@ -38,7 +50,7 @@ def sweep_seconds(
         history = fitted.summary.history
         fitted.release()
     spark.stop()
-    return min(report["seconds"] for report in history)
+    return {"on Spark": min(report["seconds"] for report in history), "kernel alone": alone}
 
 
 @click.command()
@@ -52,17 +64,25 @@ def main(rounds: int, only: int | None, **swept: int) -> None:
         return
     every = len(os.sched_getaffinity(0))
     command = [sys.executable, __file__, *common.as_options(swept)]
-    raw: dict[int, list[float]] = {1: [], every: []}
+    raw: dict[int, dict[str, list[float]]] = {1: {}, every: {}}
     for _ in range(rounds):
         for cores, seconds in raw.items():
             done = subprocess.run(
                 [*command, f"--only={cores}"], check=True, stdout=subprocess.PIPE, text=True
             )
-            seconds.append(json.loads(done.stdout.splitlines()[-1]))
-    medians = {cores: statistics.median(seconds) for cores, seconds in raw.items()}
+            for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+                seconds.setdefault(name, []).append(value)
+    medians = {
+        (name, cores): statistics.median(values)
+        for cores, seconds in raw.items()
+        for name, values in seconds.items()
+    }
     common.table(
-        ["cores", "sweep, s", "faster than one"],
-        [[cores, median, medians[1] / median] for cores, median in medians.items()],
+        ["sweep", "cores", "s", "faster than one"],
+        [
+            [name, cores, median, medians[name, 1] / median]
+            for (name, cores), median in sorted(medians.items())
+        ],
     )
     name = "cores-{ratings}-{rank}-{part_ratings}".format(**swept)
     common.save(name, {"raw": raw})

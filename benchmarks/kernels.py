@@ -36,6 +36,20 @@ from unlearn_spark.als.kernel import Objective, solve_rows
 from unlearn_spark.evaluation import synthetic
 
 
+def entries(
+    users: int, items: int, ratings: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+    """Generated ratings: user and item numbers from 0, and values."""
+    path = Path(tempfile.mkdtemp(prefix="unlearn-bench-")) / "ratings.parquet"
+    synthetic.write(users, items, ratings, 1, str(path))
+    table = pq.read_table(path)
+    u, i = (
+        np.unique(table[name].to_numpy(), return_inverse=True)[1].astype(np.int32)
+        for name in ("user_id", "item_id")
+    )
+    return u, i, table["rating"].to_numpy().astype(np.float32)
+
+
 def numpy_rows(block: RatingBlock, fixed: NDArray[np.float32]) -> NDArray[np.float32]:
     """Gather, rank-k update and Cholesky solve, a row at a time: the textbook (explicit)."""
     rank = fixed.shape[1]
@@ -73,7 +87,7 @@ def sweeps(
     repeat: int,
 ) -> list[float]:
     """Seconds of sweeps after one to warm up."""
-    cores, context = os.cpu_count() or 1, get_context("fork")
+    cores, context = len(os.sched_getaffinity(0)), get_context("fork")
     pipes, processes = [], []
     for number in range(cores):
         parts = [side.rows(side.slots % cores == number) for side in sides]
@@ -115,14 +129,7 @@ def main(
     users: int, items: int, ratings: int, ranks: tuple[int, ...], repeat: int, peers: bool
 ) -> None:
     """Print the table and save the raw figures."""
-    path = Path(tempfile.mkdtemp(prefix="unlearn-bench-")) / "ratings.parquet"
-    synthetic.write(users, items, ratings, 1, str(path))
-    table = pq.read_table(path)
-    u, i = (
-        np.unique(table[name].to_numpy(), return_inverse=True)[1].astype(np.int32)
-        for name in ("user_id", "item_id")
-    )
-    values = table["rating"].to_numpy().astype(np.float32)
+    u, i, values = entries(users, items, ratings)
     sides = [RatingBlock.from_entries(u, i, values), RatingBlock.from_entries(i, u, values)]
     random = np.random.default_rng(1)
     raw: dict[str, Any] = {}

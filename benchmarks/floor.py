@@ -1,0 +1,126 @@
+"""What a night cannot take less than: its tables read and written, with one row in each.
+
+    python benchmarks/floor.py --turns 12
+
+Every turn reads a row from each of the seven tables that a night of deletions has to look at, then
+deletes a row of the ratings and writes one into each table that has to change, and one into
+`models` at the end. What need not wait for another thing is done side by side. Nothing is computed,
+no table is large, and the settings are those of a small night, so that what a turn takes is Spark's
+and Delta's own share of a night.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from pyspark.sql.types import IntegerType, LongType, StructField, StructType
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+from unlearn_spark.als.spark import SMALL_QUERIES, session_conf
+from unlearn_spark.publishing import together
+from unlearn_spark.tables import factors, models, receipts, tombstones
+from unlearn_spark.tables.store import Store, TableSpec
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+RATINGS = "ratings"
+RATINGS_SPEC = TableSpec(
+    StructType([StructField("user_id", LongType()), StructField("user_block", IntegerType())]),
+    partition_by=("user_block",),
+    deletion_vectors=True,
+)
+SPECS = {
+    RATINGS: RATINGS_SPEC,
+    models.TABLE: models.SPEC,
+    tombstones.TABLE: tombstones.SPEC,
+    receipts.TABLE: receipts.SPEC,
+    factors.factor_table("user"): factors.factor_spec(LongType()),
+    factors.factor_table("item"): factors.factor_spec(LongType()),
+    factors.LEDGER: factors.LEDGER_SPEC,
+    factors.RATING_CHANGES: factors.RATING_CHANGES_SPEC,
+}
+REPLACED = {
+    factors.factor_table("user"): "block = 0",
+    factors.factor_table("item"): "block = 0",
+    factors.LEDGER: "side = 'user' AND block = 0",
+}
+APPENDED = (receipts.TABLE, factors.RATING_CHANGES)
+
+
+def one_row(store: Store, table: str) -> DataFrame:
+    """A row of that table: block 0, side user, all else null."""
+    values: dict[str, Any] = dict.fromkeys(SPECS[table].schema.names)
+    values |= {name: value for name, value in (("block", 0), ("side", "user")) if name in values}
+    return store.spark.createDataFrame([tuple(values.values())], SPECS[table].schema)
+
+
+def prepare(store: Store, turns: int) -> None:
+    """The tables, with a rating for every turn to delete."""
+    for table, spec in SPECS.items():
+        store.create(table, spec)
+        if table != RATINGS:
+            store.append(table, one_row(store, table))
+    store.append(RATINGS, store.spark.range(turns).selectExpr("id AS user_id", "0 AS user_block"))
+
+
+def read(store: Store) -> None:
+    """A row of each table that a night looks at; of `models` first, which names the versions."""
+
+    def look(table: str) -> None:
+        store.read(table).first()
+
+    look(models.TABLE)
+    others = set(SPECS) - {models.TABLE, receipts.TABLE}
+    together({table: partial(look, table) for table in others})
+
+
+def write(store: Store, turn: int) -> None:
+    """The commits of a night, the models table's last."""
+
+    def delete() -> int:
+        store.spark.sql(f"DELETE FROM {store.name(RATINGS)} WHERE user_id = {turn}")
+        return 0
+
+    writes: dict[str, Callable[[], int]] = {RATINGS: delete}
+    for table, predicate in REPLACED.items():
+        writes[table] = partial(store.replace_where, table, one_row(store, table), predicate)
+    for table in APPENDED:
+        writes[table] = partial(store.append, table, one_row(store, table))
+    together(writes)
+    store.append(models.TABLE, one_row(store, models.TABLE))
+
+
+@click.command()
+@click.option("--turns", default=12)
+def main(turns: int) -> None:
+    """Print the table and save the raw figures."""
+    spark = common.session()
+    raw: dict[str, list[float]] = {"read": [], "write": []}
+    with tempfile.TemporaryDirectory(prefix="unlearn-bench-") as root:
+        store = Store(spark, root)
+        prepare(store, turns)
+        with session_conf(spark, SMALL_QUERIES):
+            for turn in range(turns):
+                raw["read"].append(common.timed(lambda: read(store)))
+                raw["write"].append(common.timed(lambda: write(store, turn)))  # noqa: B023
+        spark.stop()
+    late = {name: statistics.median(seconds[turns // 2 :]) for name, seconds in raw.items()}
+    common.table(
+        ["", "first turn, s", "later half, median, s"],
+        [[name, seconds[0], late[name]] for name, seconds in raw.items()],
+    )
+    common.save("floor", {"raw": raw})
+
+
+if __name__ == "__main__":
+    main()
