@@ -24,6 +24,7 @@ from unlearn_spark.evaluation import synthetic
 from unlearn_spark.session import get_spark
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -127,11 +128,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     Console(width=120).print(drawn)
 
 
-def numbered(frame: DataFrame) -> tuple[Any, Any, Any]:
-    """User and item numbers from 0, and values, in this process's memory."""
+def numbered(table: pa.Table) -> tuple[Any, Any, Any]:
+    """User and item numbers from 0, and values, of ratings in this process's memory."""
     import numpy as np
 
-    table = frame.select("user_id", "item_id", "rating").toArrow()
     users, items = (
         np.unique(table[name].to_numpy(), return_inverse=True)[1] for name in ("user_id", "item_id")
     )

@@ -24,7 +24,6 @@ from threadpoolctl import threadpool_limits
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common, kernels
-from unlearn_spark.als.blocks import RatingBlock
 from unlearn_spark.config import ExecutionSettings
 
 
@@ -36,10 +35,8 @@ def sweep_seconds(
     from unlearn_spark.als.training import fit_factors
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    u, i, values = kernels.entries(users, items, ratings)
-    sides = [RatingBlock.from_entries(u, i, values), RatingBlock.from_entries(i, u, values)]
-    random = np.random.default_rng(1)
-    fixed = [random.normal(0, 0.3, (side.n_rows, rank)).astype(np.float32) for side in sides]
+    sides = kernels.sides_of(*kernels.entries(users, items, ratings))
+    fixed = kernels.some_factors(sides, rank, np.random.default_rng(1))
     with threadpool_limits(1, "blas"):
         alone = min(kernels.sweeps("ours", sides, fixed, False, 8))
     spark = common.session(**{"spark.master": f"local[{cores}]"})

@@ -27,20 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from unlearn_spark.als.spark import SMALL_QUERIES, session_conf
 from unlearn_spark.publishing import together
-from unlearn_spark.tables import factors, models, receipts, tombstones
+from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.tables.store import Store, TableSpec
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-RATINGS = "ratings"
 RATINGS_SPEC = TableSpec(
     StructType([StructField("user_id", LongType()), StructField("user_block", IntegerType())]),
     partition_by=("user_block",),
     deletion_vectors=True,
 )
 SPECS = {
-    RATINGS: RATINGS_SPEC,
+    ratings.TABLE: RATINGS_SPEC,
     models.TABLE: models.SPEC,
     tombstones.TABLE: tombstones.SPEC,
     receipts.TABLE: receipts.SPEC,
@@ -68,9 +67,11 @@ def prepare(store: Store, turns: int) -> None:
     """The tables, with a rating for every turn to delete."""
     for table, spec in SPECS.items():
         store.create(table, spec)
-        if table != RATINGS:
+        if table != ratings.TABLE:
             store.append(table, one_row(store, table))
-    store.append(RATINGS, store.spark.range(turns).selectExpr("id AS user_id", "0 AS user_block"))
+    store.append(
+        ratings.TABLE, store.spark.range(turns).selectExpr("id AS user_id", "0 AS user_block")
+    )
 
 
 def read(store: Store) -> None:
@@ -88,10 +89,10 @@ def write(store: Store, turn: int) -> None:
     """The commits of a night, the models table's last."""
 
     def delete() -> int:
-        store.spark.sql(f"DELETE FROM {store.name(RATINGS)} WHERE user_id = {turn}")
+        store.spark.sql(f"DELETE FROM {store.name(ratings.TABLE)} WHERE user_id = {turn}")
         return 0
 
-    writes: dict[str, Callable[[], int]] = {RATINGS: delete}
+    writes: dict[str, Callable[[], int]] = {ratings.TABLE: delete}
     for table, predicate in REPLACED.items():
         writes[table] = partial(store.replace_where, table, one_row(store, table), predicate)
     for table in APPENDED:

@@ -36,18 +36,24 @@ from unlearn_spark.als.kernel import Objective, solve_rows
 from unlearn_spark.evaluation import synthetic
 
 
-def entries(
-    users: int, items: int, ratings: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """Generated ratings: user and item numbers from 0, and values."""
+def entries(users: int, items: int, ratings: int) -> tuple[Any, Any, Any]:
+    """Generated ratings: user and item numbers from 0 (int32), and values (float32)."""
     path = Path(tempfile.mkdtemp(prefix="unlearn-bench-")) / "ratings.parquet"
     synthetic.write(users, items, ratings, 1, str(path))
-    table = pq.read_table(path)
-    u, i = (
-        np.unique(table[name].to_numpy(), return_inverse=True)[1].astype(np.int32)
-        for name in ("user_id", "item_id")
-    )
-    return u, i, table["rating"].to_numpy().astype(np.float32)
+    u, i, values = common.numbered(pq.read_table(path))
+    return u.astype(np.int32), i.astype(np.int32), values
+
+
+def sides_of(u: Any, i: Any, values: Any) -> list[RatingBlock]:
+    """The ratings by user and by item."""
+    return [RatingBlock.from_entries(u, i, values), RatingBlock.from_entries(i, u, values)]
+
+
+def some_factors(
+    sides: list[RatingBlock], rank: int, random: np.random.Generator
+) -> list[NDArray[np.float32]]:
+    """Factors of both sides to sweep from."""
+    return [random.normal(0, 0.3, (side.n_rows, rank)).astype(np.float32) for side in sides]
 
 
 def numpy_rows(block: RatingBlock, fixed: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -130,11 +136,11 @@ def main(
 ) -> None:
     """Print the table and save the raw figures."""
     u, i, values = entries(users, items, ratings)
-    sides = [RatingBlock.from_entries(u, i, values), RatingBlock.from_entries(i, u, values)]
+    sides = sides_of(u, i, values)
     random = np.random.default_rng(1)
     raw: dict[str, Any] = {}
     for rank in ranks:
-        fixed = [random.normal(0, 0.3, (side.n_rows, rank)).astype(np.float32) for side in sides]
+        fixed = some_factors(sides, rank, random)
         runs = {
             f"{mode}, {how}": partial(sweeps, how, sides, fixed, mode == "implicit", repeat)
             for mode, how in (

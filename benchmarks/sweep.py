@@ -57,7 +57,7 @@ def contestants(
 
 def of_the_library(frame: Any, rank: int) -> dict[str, Callable[[int], float]]:
     """The same of the library implicit, on the ratings in this process's memory."""
-    ratings = common.numbered(frame)
+    ratings = common.numbered(frame.toArrow())
     return {
         name: common.library_fit(ratings, rank, common.REG_PARAM, common.ALPHA, cg)
         for name, cg in (("library, Cholesky", False), ("library, 3 CG steps", True))

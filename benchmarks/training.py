@@ -40,7 +40,7 @@ def library(frame: Any, als: AlsSettings, sweeps: int, cg: bool) -> float:
     """Seconds that the library implicit takes from a table's rows to fitted factors."""
 
     def fit() -> None:
-        ratings = common.numbered(frame)
+        ratings = common.numbered(frame.toArrow())
         common.library_fit(ratings, als.rank, als.reg_param, als.alpha, cg)(sweeps)
 
     return common.timed(fit)
