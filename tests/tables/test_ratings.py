@@ -345,6 +345,45 @@ def test_a_table_whose_blocks_share_keys_is_refused(spark, store, tmp_path):
         ratings.covering(store, users)
 
 
+def _pages(spark, file, column):
+    """Of a column in the file's first row group: number of pages, and has it a dictionary?"""
+    jvm = spark._jvm
+    path = jvm.org.apache.hadoop.fs.Path(str(file))
+    source = jvm.org.apache.parquet.hadoop.util.HadoopInputFile.fromPath(
+        path, jvm.org.apache.hadoop.conf.Configuration()
+    )
+    reader = jvm.org.apache.parquet.hadoop.ParquetFileReader.open(source)
+    try:
+        chunks = reader.getFooter().getBlocks().get(0).getColumns()
+        chunk = next(c for c in chunks if c.getPath().toDotString() == column)
+        return reader.readOffsetIndex(chunk).getPageCount(), chunk.hasDictionaryPage()
+    finally:
+        reader.close()
+
+
+def test_one_users_ratings_are_in_small_pages_that_need_no_dictionary_of_times(
+    spark, store, tmp_path
+):
+    pa.parquet.write_table(
+        pa.table(
+            {
+                "user_id": [n // 10 for n in range(11_000)],
+                "item_id": [n % 10 for n in range(11_000)],
+                "rating": [1.0] * 11_000,
+                "rated_at": list(range(11_000)),
+            }
+        ),
+        tmp_path / "input.parquet",
+    )
+    _ingest(store, str(tmp_path / "input.parquet"), "parquet")
+    (file,) = Path(store.location("ratings")).rglob("*.parquet")
+    assert _pages(spark, file, "user_key") == (3, True)
+    assert _pages(spark, file, "rated_at") == (3, False)
+    assert (
+        spark.conf.get("parquet.page.row.count.limit", None) is None
+    )  # the session has its own again
+
+
 def test_number_of_user_blocks():
     sizes = [1, 10**6, 10**6 + 1, 3 * 10**6, 10**7, 10**9]
     assert [ratings._choose_blocks(n) for n in sizes] == [1, 1, 2, 4, 16, 256]

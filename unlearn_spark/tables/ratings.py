@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from unlearn_spark.als.spark import one_of
+from unlearn_spark.als.spark import one_of, session_conf
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import formats, quarantine, tombstones
 from unlearn_spark.tables.store import Store, TableSpec, outdated
@@ -51,6 +51,15 @@ FEW_PAIRS = 1_000_000
 
 FEW_KEYS = 4096
 """Most values of `user_key` in the condition of a deletion, which Delta logs."""
+
+SMALL_PAGES = {
+    # Some users' ratings are a few pages of each file: those of five or so values of `user_key`.
+    "parquet.page.row.count.limit": "5000",
+    # Hardly two times are alike: their dictionary, a megabyte a file, would be read for any page.
+    "parquet.enable.dictionary#rated_at": "false",
+}
+"""How Parquet writes the files, so that a night reads little of them. (Delta hands none of a
+writer's own options to it.)"""
 
 BROADCAST_ROWS = 2_000_000
 """Most ids or pairs to be sent whole to every task; more meet the table by a shuffle."""
@@ -330,7 +339,8 @@ def ingest(
         quarantine.add(store, raw.source, refused)
 
     n_good = profile.good - n_refused
-    written, version = _upsert(store, good, n_good, types)
+    with session_conf(store.spark, SMALL_PAGES):
+        written, version = _upsert(store, good, n_good, types)
     return IngestReport(
         read=profile.read,
         written=written,
