@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from unlearn_spark import session
+from unlearn_spark.errors import UserError
 
 
 def test_a_users_options_of_the_jvm_come_after_the_products_own():
@@ -44,3 +47,49 @@ print(*[spark.conf.get(key) for key in {keys!r}])
     )
     assert run.stdout.split() == ["false", "Asia/Tokyo"]
     assert "Ignoring" not in run.stderr
+
+
+def test_a_session_that_runs_gets_a_users_settings_and_says_which_it_cannot_change():
+    program = """
+from pyspark.sql import SparkSession
+from unlearn_spark.config import Settings
+from unlearn_spark.session import get_spark
+running = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
+conf = {
+    "spark.sql.shuffle.partitions": "7",
+    "spark.sql.session.timeZone": "Asia/Tokyo",
+    "spark.ui.enabled": "false",
+    "spark.executor.memory": "3g",
+}
+spark = get_spark(Settings(spark=dict(conf=conf)))
+print(spark.conf.get("spark.sql.shuffle.partitions"), spark.conf.get("spark.sql.session.timeZone"))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert run.stdout.split() == ["7", "Asia/Tokyo"]
+    told = [line for line in run.stderr.splitlines() if line.startswith("unlearn-spark:")]
+    assert len(told) == 1
+    assert "spark.executor.memory of spark.conf cannot be changed" in told[0]
+
+
+class Locked:
+    """A session of a cluster that lets nobody change anything."""
+
+    def __init__(self, **values):
+        self.values = values
+        self.conf = self
+
+    def set(self, key, value):
+        raise PermissionError(key)
+
+    def get(self, key, default=None):
+        return self.values.get(key, default)
+
+
+def test_a_session_in_another_time_zone_that_cannot_be_changed_is_refused():
+    zone = "spark.sql.session.timeZone"
+    wanted = {zone: "UTC", "spark.sql.execution.arrow.maxRecordsPerBatch": "200000"}
+    session._set_up(wanted, Locked(**{zone: "UTC"}))
+    with pytest.raises(UserError, match=f"forbids to change {zone}, which is Asia/Tokyo; set it"):
+        session._set_up(wanted, Locked(**{zone: "Asia/Tokyo"}))

@@ -1,8 +1,9 @@
 """The one place that builds a SparkSession.
 
-A session that exists already (a Databricks notebook, a cluster's `spark-submit`, a test suite) is
-taken as it is. Otherwise a local one is built with what the product needs: Delta's jars and
-extensions, Python workers that run this very interpreter, and one BLAS thread in each of them.
+A session that exists already (a Databricks notebook, a test suite) is taken, and a few of its
+runtime settings are changed (`_DEFAULTS`). Otherwise a local one is built with what the product
+needs: Delta's jars and extensions, Python workers that run this very interpreter, and one BLAS
+thread in each of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,9 +73,11 @@ _STATIC_DEFAULTS = {
     "spark.broadcast.blockSize": "256k",
 }
 
+_TIME_ZONE = "spark.sql.session.timeZone"
+
 # Set once the session runs, also where it was not built here.
 _DEFAULTS = {
-    "spark.sql.session.timeZone": "UTC",
+    _TIME_ZONE: "UTC",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "200000",
     # Every query's plan is written out for the event log; with caches in caches that is megabytes.
     "spark.sql.maxPlanStringLength": "20000",
@@ -181,9 +184,10 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     from pyspark.sql import SparkSession
 
     spark_settings = (settings or Settings()).spark
+    own = spark_settings.conf
     active = SparkSession.getActiveSession()
     if active is not None:
-        _apply_runtime_defaults(active)
+        _set_up({**_DEFAULTS, **own}, active)
         return active
 
     prepare_workers()
@@ -197,7 +201,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
             raise UserError(
                 f"no Spark Connect server answers at {remote}: {_first_cause(error)}"
             ) from error
-        _apply_runtime_defaults(session)
+        _set_up({**_DEFAULTS, **own}, session)
         return session
 
     ensure_java()
@@ -211,7 +215,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     logging = Path(__file__).resolve().parent.parent / "conf" / "log4j2.properties"
     if logging.exists():
         conf["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={logging.as_uri()}"
-    conf = with_further(conf, spark_settings.conf)
+    conf = with_further(conf, own)
     place = remote or spark_settings.master or ("" if submitted else "local[*]")
     if place:
         builder = builder.remote(place) if remote else builder.master(place)
@@ -229,7 +233,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
         session = builder.getOrCreate()
     except Exception as error:
         raise UserError(f"Spark did not start: {_first_cause(error)}") from error
-    _apply_runtime_defaults(session, but=spark_settings.conf)
+    _set_up({key: value for key, value in _DEFAULTS.items() if key not in own}, session)
     return session
 
 
@@ -254,17 +258,41 @@ def _first_cause(error: BaseException) -> str:
     return chosen
 
 
-def _apply_runtime_defaults(session: SparkSession, but: Collection[str] = ()) -> None:
-    """Set `_DEFAULTS` in a running session, all but the keys that a user has set."""
-    for key, value in _DEFAULTS.items():
-        if key in but:
+def set_if_allowed(session: SparkSession, key: str, value: str) -> bool:
+    """Set a runtime setting; False where the cluster forbids to change it, or it is none."""
+    try:
+        session.conf.set(key, value)
+    except Exception:  # classic sessions and Connect have classes of their own for it
+        return False
+    return True
+
+
+def _set_up(wanted: Mapping[str, object], session: SparkSession) -> None:
+    """Settings of a session that runs; those that cannot be changed are named on stderr if they are
+    a user's own, for ours change how long something takes and no result, but for the time zone.
+
+    Raises
+    ------
+    UserError
+        The time zone cannot be changed and is another.
+    """
+    for key, value in wanted.items():
+        if set_if_allowed(session, key, str(value)):
             continue
-        # A cluster may forbid single keys; none of them changes a result except the time zone.
-        try:
-            session.conf.set(key, value)
-        except Exception:
-            if key == "spark.sql.session.timeZone":
-                raise
+        found = session.conf.get(key, None)
+        if f" {found}".endswith(f" {value}"):  # options of the JVM follow ours (`with_further`)
+            continue
+        if key == _TIME_ZONE:
+            raise UserError(
+                f"this Spark session forbids to change {key}, which is {found}; "
+                f"set it to {value} where the session is made"
+            )
+        if key not in _DEFAULTS:
+            print(
+                f"unlearn-spark: {key} of spark.conf cannot be changed in a session that runs; "
+                "set it where the session is made",
+                file=sys.stderr,
+            )
 
 
 def install_jars() -> list[str]:
