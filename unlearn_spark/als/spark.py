@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyspark.sql import functions as F
 
 from unlearn_spark.als.blocks import RatingBlock
+from unlearn_spark.session import set_if_allowed
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -184,11 +185,8 @@ def session_conf(spark: SparkSession, conf: Mapping[str, str]) -> Iterator[None]
     try:
         for key, value in conf.items():
             old = spark.conf.get(key, None)
-            try:
-                spark.conf.set(key, value)
-            except Exception:
-                continue
-            before[key] = old
+            if set_if_allowed(spark, key, value):
+                before[key] = old
         yield
     finally:
         for key, old in before.items():
@@ -242,7 +240,12 @@ def balanced_keys(n: int) -> tuple[int, ...]:
 
 def part_key(slot: str, keys: Sequence[int]) -> str:
     """SQL for: the grouping key of the part that a slot (or a part's own number) belongs to."""
-    return f"element_at(array({', '.join(map(str, keys))}), {slot} % {len(keys)} + 1)"
+    return f"element_at({int_array(keys)}, {slot} % {len(keys)} + 1)"
+
+
+def int_array(numbers: Iterable[int]) -> str:
+    """SQL for: an array of these numbers."""
+    return f"array({', '.join(map(str, numbers))})"
 
 
 def block_of(id: str, n_blocks: int) -> Column:

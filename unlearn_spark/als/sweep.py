@@ -34,6 +34,7 @@ from unlearn_spark.als.spark import (
     FACTOR_SCHEMA,
     arrays_of,
     binary_table,
+    int_array,
     list_column,
     part_key,
     pieces_table,
@@ -88,7 +89,7 @@ def deliver(
     stack
         The column of `own` that is sent as its factors.
     """
-    every = f"explode(array({', '.join(map(str, to.keys))})) AS key"
+    every = f"explode({int_array(to.keys)}) AS key"
     messages = other.selectExpr(every, "false AS own", *FACTOR_KINDS)
     if own is not None:
         mine = own.selectExpr(

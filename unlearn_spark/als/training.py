@@ -175,6 +175,14 @@ class Encoded:
         """Are the ratings so few that a single task sweeps them?"""
         return all(layout.n_parts == 1 for layout in self.layouts.values())
 
+    def ratings_of(self, side: str, sent: bool) -> tuple[DataFrame, PartReader]:
+        """The parts of a side, and what gets their ratings in a worker: they are sent along (and
+        kept there), or looked for where they are kept. A single task's are always sent."""
+        if self.fits_one_task:
+            return self.parts[side], SENT
+        parts = self.parts if sent else self.places
+        return parts[side], PartReader(self.token, side, sent)
+
     def release(self) -> None:
         """Drop the caches and the workers' files."""
         if not self.fits_one_task:
@@ -398,25 +406,14 @@ class Sweeper:
         """The other side, the anchor's state, and the scalars of that; the ratings are sent along
         or looked for where they were sent before."""
         encoded, solver, side = self.encoded, solver_of(self.settings), self.encoded.anchor
-        layouts, parts = encoded.layouts, encoded.parts if sent else encoded.places
-        readers = {name: PartReader(encoded.token, name, sent) for name in SIDES}
-        against = other_side(side)
+        layouts, against = encoded.layouts, other_side(side)
+        parts, reader = encoded.ratings_of(against, sent)
         other = solve_side(
-            solver,
-            parts[against],
-            layouts[against],
-            iterate,
-            layouts[side].n_slots,
-            readers[against],
+            solver, parts, layouts[against], iterate, layouts[side].n_slots, reader
         ).persist()
+        parts, reader = encoded.ratings_of(side, sent)
         swept = sweep_anchor(
-            solver,
-            parts[side],
-            layouts[side],
-            other,
-            layouts[against].n_slots,
-            iterate,
-            readers[side],
+            solver, parts, layouts[side], other, layouts[against].n_slots, iterate, reader
         )
         state = materialise(swept, self.execution.checkpoint)
         self.held += [other, state]
@@ -481,22 +478,21 @@ def finish_rows(
         Send the ratings; else they are looked for where they are kept, and sent if any are missing.
     """
     solver = solver_of(settings)
-    kept = not sent and not encoded.fits_one_task
-    parts = encoded.places if kept else encoded.parts
     rows = {}
     for side in SIDES:
+        parts, reader = encoded.ratings_of(side, sent)
         scanned = finish_side(
             solver,
-            parts[side],
+            parts,
             encoded.layouts[side],
             factors[side],
             factors[other_side(side)],
             encoded.layouts[other_side(side)].n_slots,
-            PartReader(encoded.token, side, sent=False) if kept else SENT,
+            reader,
         )
         names = encoded.dictionaries[side].select("slot", "id", "block")
         rows[side] = scanned.join(names, "slot").persist()
-    if kept:
+    if not (sent or encoded.fits_one_task):  # all found?
         found = aggregates_of(rows, F.count(F.lit(1)))
         if any(found[side][0] != encoded.layouts[side].n_rows for side in SIDES):
             for frame in rows.values():
