@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -33,18 +34,21 @@ def of_training(raw: list[dict[str, Any]]) -> dict[str, Points]:
     }
 
 
-def of_nights(
-    raw: list[dict[str, Any]], forget: int
-) -> tuple[dict[str, Points], dict[str, Points]]:
-    """Seconds and MB read by ratings, of nights that forget so many users."""
-    seconds: dict[str, Points] = {}
-    megabytes: dict[str, Points] = {}
+def of_nights(raw: list[dict[str, Any]], forget: int) -> tuple[dict[str, Points], ...]:
+    """Seconds and MB read by ratings, of nights that forget so many users; medians of several."""
+    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for run in raw:
         if run["forget"] == forget:
-            label = f"{forget} users, {run['direct_rows']}"
-            seconds.setdefault(label, []).append((run["ratings"], run["night"]["seconds"]))
-            megabytes.setdefault(label, []).append((run["ratings"], run["bytes_read"] / 2**20))
-    return seconds, megabytes
+            sizes = found.setdefault(f"{forget} users, {run['direct_rows']}", {})
+            figures = (run["night"]["seconds"], run["bytes_read"] / 2**20)
+            sizes.setdefault(run["ratings"], []).append(figures)
+    return tuple(
+        {
+            label: [(size, statistics.median(run[figure] for run in sizes[size])) for size in sizes]
+            for label, sizes in found.items()
+        }
+        for figure in range(2)
+    )
 
 
 def exponents(points: Points) -> list[float]:

@@ -1,10 +1,10 @@
 """Rating parts in files beside the workers, so that the ratings reach Python once in a training.
 
 Taking a part out of Spark's cache, through Arrow and a pipe into a worker, is about a tenth of a
-sweep (docs/performance.md), and a training would do it in every sweep. So `keep` leaves each part,
-sorted, in a memory-mapped file, which every worker of the machine shares. Sweeps send factors
-alone, to where Spark has the part in its cache, which is where the file is; a part that is not
-there after all (an executor was lost, a disk was full) is reported as missing, and the driver
+sweep (docs/performance-history.md), and a training would do it in every sweep. So `keep` leaves
+each part, sorted, in a memory-mapped file, which every worker of the machine shares. Sweeps send
+factors alone, to where Spark has the part in its cache, which is where the file is; a part that is
+not there after all (an executor was lost, a disk was full) is reported as missing, and the driver
 sends it to the workers, which keep it again.
 
 The files lie in the directory that Spark makes for an application's files on every node, and
