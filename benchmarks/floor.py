@@ -112,8 +112,8 @@ def main(turns: int) -> None:
         prepare(store, turns)
         with session_conf(spark, SMALL_QUERIES):
             for turn in range(turns):
-                raw["read"].append(common.timed(lambda: read(store)))
-                raw["write"].append(common.timed(lambda: write(store, turn)))  # noqa: B023
+                raw["read"].append(common.timed(partial(read, store)))
+                raw["write"].append(common.timed(partial(write, store, turn)))
         spark.stop()
     late = {name: statistics.median(seconds[turns // 2 :]) for name, seconds in raw.items()}
     common.table(

@@ -90,6 +90,6 @@ class Locked:
 def test_a_session_in_another_time_zone_that_cannot_be_changed_is_refused():
     zone = "spark.sql.session.timeZone"
     wanted = {zone: "UTC", "spark.sql.execution.arrow.maxRecordsPerBatch": "200000"}
-    session._set_up(wanted, Locked(**{zone: "UTC"}))
+    session._set_up(Locked(**{zone: "UTC"}), wanted)
     with pytest.raises(UserError, match=f"forbids to change {zone}, which is Asia/Tokyo; set it"):
-        session._set_up(wanted, Locked(**{zone: "Asia/Tokyo"}))
+        session._set_up(Locked(**{zone: "Asia/Tokyo"}), wanted)

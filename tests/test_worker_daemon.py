@@ -1,5 +1,7 @@
-"""What the workers' daemon leaves on the module path."""
+"""What the workers' daemon leaves on the module path, and what workers load."""
 
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -23,3 +25,11 @@ def test_only_the_archives_of_an_importable_pyspark_leave_the_path(tmp_path):
 def test_where_the_archives_are_all_there_is_they_stay(tmp_path):
     path = [str(tmp_path), *map(str, HOME.glob("python/lib/*.zip"))]
     assert without_archives(path) == path
+
+
+def test_workers_load_no_settings():
+    """On a cluster, where they are not forked from our daemon, each would wait for it."""
+    program = "import sys, unlearn_spark.als.sweep; print('pydantic' in sys.modules)"
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]

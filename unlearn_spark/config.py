@@ -80,7 +80,7 @@ class ExecutionSettings(_Section):
 
 
 class SparkSettings(_Section):
-    """Used where the session is built here; a session that exists already is left alone."""
+    """Of the session that is built here; one that runs already gets what `conf` can change."""
 
     master: str | None = None
     remote: str | None = None

@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unlearn_spark.config import Settings
 from unlearn_spark.errors import UserError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+    from unlearn_spark.config import Settings
 
 MINIMUM_JAVA = 17
 """Spark 4 runs on Java 17 and later."""
@@ -183,11 +184,13 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     """
     from pyspark.sql import SparkSession
 
+    from unlearn_spark.config import Settings  # here, because workers import this module too
+
     spark_settings = (settings or Settings()).spark
     own = spark_settings.conf
     active = SparkSession.getActiveSession()
     if active is not None:
-        _set_up({**_DEFAULTS, **own}, active)
+        _set_up(active, {**_DEFAULTS, **own})
         return active
 
     prepare_workers()
@@ -201,7 +204,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
             raise UserError(
                 f"no Spark Connect server answers at {remote}: {_first_cause(error)}"
             ) from error
-        _set_up({**_DEFAULTS, **own}, session)
+        _set_up(session, {**_DEFAULTS, **own})
         return session
 
     ensure_java()
@@ -233,7 +236,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
         session = builder.getOrCreate()
     except Exception as error:
         raise UserError(f"Spark did not start: {_first_cause(error)}") from error
-    _set_up({key: value for key, value in _DEFAULTS.items() if key not in own}, session)
+    _set_up(session, {key: value for key, value in _DEFAULTS.items() if key not in own})
     return session
 
 
@@ -267,7 +270,7 @@ def set_if_allowed(session: SparkSession, key: str, value: str) -> bool:
     return True
 
 
-def _set_up(wanted: Mapping[str, object], session: SparkSession) -> None:
+def _set_up(session: SparkSession, wanted: Mapping[str, object]) -> None:
     """Settings of a session that runs; those that cannot be changed are named on stderr if they are
     a user's own, for ours change how long something takes and no result, but for the time zone.
 

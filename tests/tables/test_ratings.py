@@ -379,9 +379,8 @@ def test_one_users_ratings_are_in_small_pages_that_need_no_dictionary_of_times(
     (file,) = Path(store.location("ratings")).rglob("*.parquet")
     assert _pages(spark, file, "user_key") == (3, True)
     assert _pages(spark, file, "rated_at") == (3, False)
-    assert (
-        spark.conf.get("parquet.page.row.count.limit", None) is None
-    )  # the session has its own again
+    # The session has its own settings again.
+    assert spark.conf.get("parquet.page.row.count.limit", None) is None
 
 
 def test_number_of_user_blocks():
