@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql.types import IntegerType, LongType, StructField, StructType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,7 +62,7 @@ def one_row(store: Store, table: str) -> DataFrame:
     """A row of that table: block 0, side user, all else null."""
     values: dict[str, Any] = dict.fromkeys(SPECS[table].schema.names)
     values |= {name: value for name, value in (("block", 0), ("side", "user")) if name in values}
-    return store.spark.createDataFrame([tuple(values.values())], SPECS[table].schema)
+    return store.frame([tuple(values.values())], SPECS[table].schema)
 
 
 def prepare(store: Store, turns: int) -> None:
@@ -88,8 +90,11 @@ def read(store: Store) -> None:
 def write(store: Store, turn: int) -> None:
     """The commits of a night, the models table's last."""
 
+    def is_gone(user_ids: pa.Array) -> pa.Array:
+        return pc.equal(user_ids, turn)
+
     def delete() -> int:
-        store.spark.sql(f"DELETE FROM {store.name(ratings.TABLE)} WHERE user_id = {turn}")
+        store.delete(ratings.TABLE, "user_block = 0", ("user_id",), is_gone)
         return 0
 
     writes: dict[str, Callable[[], int]] = {ratings.TABLE: delete}

@@ -55,6 +55,9 @@ JAVA_OPTIONS = (
     # beyond the second. `conf/spark-defaults.conf` has the same for spark-submit.
     "-XX:MinHeapFreeRatio=20",
     "-XX:MaxHeapFreeRatio=40",
+    # In a smaller heap what a session holds itself is more than 30%, and it would look without end.
+    # Spark wants no less than 450 MB.
+    "-Xms400m",
 )
 
 _STATIC_DEFAULTS = {
@@ -107,6 +110,12 @@ def jars_directory() -> Path:
     return Path(pyspark.__file__).parent / "jars"
 
 
+def java_executable() -> str | None:
+    """The `java` that Spark starts; None where there is none."""
+    home = os.environ.get("JAVA_HOME")
+    return str(Path(home) / "bin" / "java") if home else shutil.which("java")
+
+
 def _java_version(executable: str) -> int | None:
     try:
         run = subprocess.run(
@@ -129,8 +138,7 @@ def ensure_java() -> None:
     UserError
         Neither exists, or the Java that JAVA_HOME names explicitly is too old.
     """
-    home = os.environ.get("JAVA_HOME")
-    executable = str(Path(home) / "bin" / "java") if home else shutil.which("java")
+    home, executable = os.environ.get("JAVA_HOME"), java_executable()
     version = _java_version(executable) if executable else None
     if version is not None and version >= MINIMUM_JAVA:
         return
@@ -184,7 +192,9 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     """
     from pyspark.sql import SparkSession
 
-    from unlearn_spark.config import Settings  # here, because workers import this module too
+    # Here, because workers import this module too.
+    from unlearn_spark import class_archive
+    from unlearn_spark.config import Settings
 
     spark_settings = (settings or Settings()).spark
     own = spark_settings.conf
@@ -218,6 +228,18 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     logging = Path(__file__).resolve().parent.parent / "conf" / "log4j2.properties"
     if logging.exists():
         conf["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={logging.as_uri()}"
+    variables: dict[str, str] = {}
+    if spark_settings.class_archive and not submitted and not remote:
+        archive = Path(spark_settings.class_archive).absolute()
+        if (archive / class_archive.FILE).exists():
+            variables = class_archive.launch_variables(archive, jars_directory().parent)
+            conf["spark.driver.extraJavaOptions"] += f" {class_archive.java_options(archive)}"
+        else:  # no reason to fail a night for
+            print(
+                f"unlearn-spark: spark.class_archive: {archive} has no {class_archive.FILE}; "
+                "make one with python -m unlearn_spark.class_archive",
+                file=sys.stderr,
+            )
     conf = with_further(conf, own)
     place = remote or spark_settings.master or ("" if submitted else "local[*]")
     if place:
@@ -233,9 +255,11 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
 
         builder = configure_spark_with_delta_pip(builder)
     try:
-        session = builder.getOrCreate()
+        with class_archive.environment(variables):
+            session = builder.getOrCreate()
     except Exception as error:
-        raise UserError(f"Spark did not start: {_first_cause(error)}") from error
+        hint = "; without spark.class_archive it may: then make that anew" if variables else ""
+        raise UserError(f"Spark did not start: {_first_cause(error)}{hint}") from error
     _set_up(session, {key: value for key, value in _DEFAULTS.items() if key not in own})
     return session
 

@@ -65,4 +65,4 @@ def append(
         tombstoned_ratings_found,
         holds,
     )
-    return store.append(TABLE, store.spark.createDataFrame([row], SPEC.schema))
+    return store.append(TABLE, store.frame([row], SPEC.schema))

@@ -223,6 +223,4 @@ def write_rating_blocks(store: Store, chunks: DataFrame) -> int:
 def clear_rating_changes(store: Store) -> int:
     """Empty the changes: the packed ratings are whole."""
     store.create(RATING_CHANGES, RATING_CHANGES_SPEC)
-    return store.overwrite(
-        RATING_CHANGES, store.spark.createDataFrame([], RATING_CHANGES_SPEC.schema)
-    )
+    return store.overwrite(RATING_CHANGES, store.frame([], RATING_CHANGES_SPEC.schema))

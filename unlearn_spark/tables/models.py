@@ -180,7 +180,7 @@ def publish(store: Store, model: ModelVersion) -> ModelVersion:
     """
     store.create(TABLE, SPEC)
     model = replace(model, run_id=uuid.uuid4().hex, published_at=datetime.now(UTC))
-    row = store.spark.createDataFrame([model.to_values()], SPEC.schema)
+    row = store.frame([model.to_values()], SPEC.schema)
     # A merge without a partition predicate conflicts with every concurrent commit, and one that
     # committed before is found by its condition: of two racing publishers one must lose.
     inserted = store.merge(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 from pyspark.sql import functions as F
 
 from unlearn_spark.config import Settings
@@ -21,7 +22,6 @@ from unlearn_spark.errors import ConflictError, InputError, SettingsError, Table
 from unlearn_spark.preconditions import is_remote, nearest_existing
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql.types import StructType
 
@@ -226,6 +226,15 @@ class Store:
                 f"CREATE TABLE IF NOT EXISTS {self.name(table)} ({columns}) USING delta"
                 f"{partition} TBLPROPERTIES ({listed})"
             )
+
+    def frame(self, rows: Sequence[Sequence[object]], schema: StructType) -> DataFrame:
+        """A few rows of the driver's own, values in the order of the schema.
+
+        By way of Arrow: a list of tuples would be parsed by a Python worker of another kind than
+        those of queries, and the process that it is forked from takes seconds to start.
+        """
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(schema.names)}
+        return self.spark.createDataFrame(pa.table(columns), schema)
 
     def append(self, table: str, rows: DataFrame) -> int:
         """Append rows; returns the Delta version that holds them."""
