@@ -58,7 +58,7 @@ running = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "fa
 conf = {
     "spark.sql.shuffle.partitions": "7",
     "spark.sql.session.timeZone": "Asia/Tokyo",
-    "spark.ui.enabled": "false",
+    "spark.ui.enabled": False,
     "spark.executor.memory": "3g",
 }
 spark = get_spark(Settings(spark=dict(conf=conf)))

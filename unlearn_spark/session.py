@@ -307,7 +307,8 @@ def _set_up(session: SparkSession, wanted: Mapping[str, object]) -> None:
         if set_if_allowed(session, key, str(value)):
             continue
         found = session.conf.get(key, None)
-        if f" {found}".endswith(f" {value}"):  # options of the JVM follow ours (`with_further`)
+        # Options of the JVM follow ours (`with_further`), and YAML's `false` is `False` as a text.
+        if f" {found}".lower().endswith(f" {value}".lower()):
             continue
         if key == _TIME_ZONE:
             raise UserError(

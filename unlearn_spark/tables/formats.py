@@ -18,6 +18,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from unlearn_spark.errors import InputError, SettingsError
+from unlearn_spark.preconditions import is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -134,7 +135,7 @@ def read_ratings(
 
 def check_exists(path: str) -> None:
     """Raise InputError where a local path that is no glob is missing or out of reach."""
-    if "://" in path or path.startswith("dbfs:") or any(mark in path for mark in "*?[{"):
+    if is_remote(path) or any(mark in path for mark in "*?[{"):
         return
     try:
         Path(path).stat()
