@@ -24,19 +24,40 @@ from pathlib import Path
 
 import click
 
-from unlearn_spark.errors import SettingsError, UserError
+from unlearn_spark.errors import SettingsError
 
 FILE, CONF, DEFAULTS = "classes.jsa", "conf", "spark-defaults.conf"
 
 
-def java_options(directory: Path, record: Path | None = None) -> str:
-    """Options of a JVM that takes classes from the archive; with `record`, of one that leaves those
-    that it loaded in that file when it ends."""
+def java_options(file: Path, *, record: bool = False) -> str:
+    """Options of a JVM that takes classes from an archive; with `record`, of one that leaves those
+    that it loaded there when it ends."""
     # Java writes its warnings to stdout, where a job's JSON goes. Of an archive that does not fit
     # they tell; when one is made, they are a thousand lines of classes that cannot be in it.
-    if record is not None:
-        return f"-Xlog:disable -Xlog:all=error:stderr -XX:ArchiveClassesAtExit={record}"
-    return f"-Xlog:disable -Xlog:all=warning:stderr -XX:SharedArchiveFile={directory / FILE}"
+    level, option = (
+        ("error", "ArchiveClassesAtExit") if record else ("warning", "SharedArchiveFile")
+    )
+    return f"-Xlog:disable -Xlog:all={level}:stderr -XX:{option}={file}"
+
+
+def launch(directory: Path, spark_home: Path) -> tuple[str, dict[str, str]]:
+    """Options of the JVM and environment variables to start it with; neither, and a word on stderr,
+    where there is no archive, for which no night should fail.
+
+    Raises
+    ------
+    SettingsError
+        As `launch_variables`.
+    """
+    file = directory.absolute() / FILE
+    if not file.exists():
+        print(
+            f"unlearn-spark: spark.class_archive: {file.parent} has no {FILE}; "
+            "make one with python -m unlearn_spark.class_archive",
+            file=sys.stderr,
+        )
+        return "", {}
+    return java_options(file), launch_variables(file.parent, spark_home)
 
 
 def launch_variables(directory: Path, spark_home: Path) -> dict[str, str]:
@@ -91,18 +112,13 @@ def record(directory: Path, command: Sequence[str]) -> int:
     SettingsError
         As `launch_variables`, or Java left no archive that it can read.
     """
-    from unlearn_spark.session import (
-        ensure_java,
-        jars_directory,
-        java_executable,
-        prepare_workers,
-    )
+    from unlearn_spark.session import ensure_java, jars_directory, prepare_workers
 
     ensure_java()
     variables = launch_variables(directory, jars_directory().parent)
     prepare_workers()
     part = directory.absolute() / f"{FILE}.part"
-    option = f"spark.conf.spark.driver.extraJavaOptions={java_options(directory, part)}"
+    option = f"spark.conf.spark.driver.extraJavaOptions={java_options(part, record=True)}"
     job = subprocess.Popen(
         [sys.executable, *command, "--set", "spark.class_archive=null", "--set", option],
         env={**os.environ, **variables},
@@ -114,23 +130,26 @@ def record(directory: Path, command: Sequence[str]) -> int:
         sys.stderr.buffer.write(line)
         sys.stderr.flush()
     code = job.wait()
-    if code == 0:
-        # Of a part of an archive, such as a full disk leaves, Java dies.
-        check = [
-            str(java_executable()),
-            "-Xlog:disable",
-            f"-XX:SharedArchiveFile={part}",
-            "-version",
-        ]
-        if not part.exists() or subprocess.run(check, capture_output=True, check=False).returncode:
-            part.unlink(missing_ok=True)
-            raise SettingsError(
-                f"{directory}: Java left no usable archive; it needs room for 200 MB, a job that "
-                "starts a JVM, and an archive of its own classes (`java -Xshare:dump` makes it)"
-            )
-        part.replace(directory / FILE)
-    part.unlink(missing_ok=True)
+    try:
+        if code == 0:
+            _check(part)
+            part.replace(directory / FILE)
+    finally:
+        part.unlink(missing_ok=True)
     return code
+
+
+def _check(file: Path) -> None:
+    """Raise SettingsError unless Java starts with this archive: of a part of one, such as a full
+    disk leaves, it dies."""
+    from unlearn_spark.session import java_executable
+
+    command = [str(java_executable()), *java_options(file).split(), "-version"]
+    if not file.exists() or subprocess.run(command, capture_output=True, check=False).returncode:
+        raise SettingsError(
+            f"{file.parent}: Java left no usable archive; it needs room for 200 MB, a job that "
+            "starts a JVM, and an archive of its own classes (`java -Xshare:dump` makes it)"
+        )
 
 
 @click.command(
@@ -141,12 +160,10 @@ def record(directory: Path, command: Sequence[str]) -> int:
 def main(directory: Path, command: tuple[str, ...]) -> None:
     """Run a job (COMMAND: its script and arguments) and leave an archive of the classes that its
     JVM loaded in DIRECTORY, for jobs with `spark.class_archive: DIRECTORY`."""
-    try:
-        sys.exit(record(directory, command))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(record(directory, command))
 
 
 if __name__ == "__main__":
-    main()
+    from unlearn_spark.cli import run
+
+    run(main)

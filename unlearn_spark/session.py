@@ -230,16 +230,9 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
         conf["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={logging.as_uri()}"
     variables: dict[str, str] = {}
     if spark_settings.class_archive and not submitted and not remote:
-        archive = Path(spark_settings.class_archive).absolute()
-        if (archive / class_archive.FILE).exists():
-            variables = class_archive.launch_variables(archive, jars_directory().parent)
-            conf["spark.driver.extraJavaOptions"] += f" {class_archive.java_options(archive)}"
-        else:  # no reason to fail a night for
-            print(
-                f"unlearn-spark: spark.class_archive: {archive} has no {class_archive.FILE}; "
-                "make one with python -m unlearn_spark.class_archive",
-                file=sys.stderr,
-            )
+        archive, home = Path(spark_settings.class_archive), jars_directory().parent
+        options, variables = class_archive.launch(archive, home)
+        conf["spark.driver.extraJavaOptions"] += f" {options}"
     conf = with_further(conf, own)
     place = remote or spark_settings.master or ("" if submitted else "local[*]")
     if place:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 from pydantic import ValidationError
 from pyspark import keyword_only
 from pyspark.ml import Estimator, Model
@@ -243,7 +244,8 @@ class _Writer(MLWriter):
             self.instance.itemFactors.write.mode(mode).parquet(f"{path}/itemFactors")
         text = DefaultParamsWriter._get_metadata_to_save(self.instance, spark, extra)
         # Last: a directory without metadata is no model.
-        metadata = spark.createDataFrame([(text,)], "value string").coalesce(1)
+        # By way of Arrow for the same reason as `Store.frame`.
+        metadata = spark.createDataFrame(pa.table({"value": [text]})).coalesce(1)
         metadata.write.mode(mode).text(f"{path}/metadata")
 
 
