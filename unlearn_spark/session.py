@@ -59,10 +59,10 @@ JAVA_OPTIONS = (
     # In a smaller heap what a session holds itself is more than 30%, and it would look without end.
     # Spark wants no less than 450 MB.
     "-Xms400m",
-    # A small job runs thousands of methods of Spark's planner a few hundred times, and the second
-    # compiler, which takes a third of its processor time, spends most on what it copies into them:
-    # less of that (the defaults are 15, 325 and 2500) saves a third of it, and queries that run
-    # for long are no slower. With still less they are, by a tenth.
+    # The second compiler takes a third of a small job's processor time, for methods of Spark's
+    # planner that run too seldom to pay for it. Told to copy less into them (the defaults are 15,
+    # 325 and 2500) it takes a third less, and queries that run for long are no slower. With still
+    # less they are, by a tenth.
     "-XX:MaxInlineLevel=5",
     "-XX:FreqInlineSize=100",
     "-XX:InlineSmallCode=1000",
