@@ -3,9 +3,8 @@
     python benchmarks/starting.py --forget 1 --forget 70 --repeat 2
 
 Nights of the same requests by turns, each a new process and a new JVM on a copy of one model's
-tables: with the product's defaults, with an archive of Java's classes
-(`unlearn_spark.class_archive`), and with that and the first of Java's two compilers alone. An
-ingestion of all ratings shows what that costs where there are many rows.
+tables: with the product's defaults, and with the first of Java's two compilers alone. An ingestion
+of all ratings shows what that costs where there are many rows.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from unlearn_spark.evaluation import synthetic
 FIRST_COMPILER = "spark.conf.spark.driver.extraJavaOptions=-XX:TieredStopAtLevel=1"
 
 
-def run(name: str, root: Path, *arguments: str, through: tuple[str, ...] = ()) -> dict[str, Any]:
+def run(name: str, root: Path, *arguments: str) -> dict[str, Any]:
     """Run a job in a process of its own; its figures."""
-    command = [sys.executable, *through, str(JOBS / f"{name}.py"), "--root", str(root), *arguments]
+    command = [sys.executable, str(JOBS / f"{name}.py"), "--root", str(root), *arguments]
     memory = ("--set", f"spark.driver_memory={common.DRIVER_MEMORY}")
     done = subprocess.run([*command, *memory], stdout=subprocess.PIPE, text=True, check=True)
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -56,19 +55,14 @@ def main(
     raw: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="unlearn-bench-") as name:
         folder = Path(name)
-        source, archive = str(folder / "ratings.parquet"), folder / "archive"
+        source = str(folder / "ratings.parquet")
         synthetic.write(users, items, size, 1, source)
         ingestion = ("--input", source, "--format", "parquet")
         model, copy = folder / "model", folder / "copy"
         run("ingest_ratings", model, *ingestion)
         run("train", model, "--set", f"als.rank={rank}")
         everybody = pq.read_table(source, columns=["user_id"])["user_id"].unique().to_pylist()
-        with_it = ("--set", f"spark.class_archive={archive}")
-        ways = {
-            "defaults": (),
-            "class archive": with_it,
-            "class archive, first compiler": (*with_it, "--set", FIRST_COMPILER),
-        }
+        ways = {"defaults": (), "first compiler": ("--set", FIRST_COMPILER)}
 
         def measured(what: str, way: str, job: str, *arguments: str) -> None:
             seconds = common.timed(partial(run, job, copy, *arguments, *ways[way]))
@@ -81,13 +75,9 @@ def main(
             some = random.Random(amount).sample(sorted(everybody), amount)
             path = requests(folder / "requests.csv", some)
             run("ingest_tombstones", asked, "--input", str(path))
-            if not archive.exists():
-                shutil.copytree(asked, copy)
-                module = ("-m", "unlearn_spark.class_archive", str(archive))
-                run("unlearn", copy, through=module)
             for _ in range(repeat):
                 for way in ways:
-                    shutil.rmtree(copy)
+                    shutil.rmtree(copy, ignore_errors=True)
                     shutil.copytree(asked, copy)
                     measured(f"a night of {amount} users", way, "unlearn")
         for _ in range(repeat):

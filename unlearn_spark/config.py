@@ -86,9 +86,6 @@ class SparkSettings(_Section):
     remote: str | None = None
     """Spark Connect address (`sc://...`); excludes `master`."""
     driver_memory: str = "4g"
-    class_archive: str | None = None
-    """Directory with an archive of the JVM's classes (`class_archive`), for a session that a job
-    builds itself."""
     conf: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
     # Spark finds these two out in its JVM, which then dies with a page of text.

@@ -59,18 +59,10 @@ JAVA_OPTIONS = (
     # In a smaller heap what a session holds itself is more than 30%, and it would look without end.
     # Spark wants no less than 450 MB.
     "-Xms400m",
-    # The second compiler takes a third of a small job's processor time, for methods of Spark's
-    # planner that run too seldom to pay for it. Told to copy less into them (the defaults are 15,
-    # 325 and 2500) it takes a third less, and queries that run for long are no slower. With still
-    # less they are, by a tenth.
-    "-XX:MaxInlineLevel=5",
-    "-XX:FreqInlineSize=100",
-    "-XX:InlineSmallCode=1000",
 )
 
 _STATIC_DEFAULTS = {
     "spark.driver.extraJavaOptions": " ".join(JAVA_OPTIONS),
-    "spark.executor.extraJavaOptions": " ".join(JAVA_OPTIONS),
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
     "spark.python.worker.reuse": "true",
@@ -201,7 +193,6 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     from pyspark.sql import SparkSession
 
     # Here, because workers import this module too.
-    from unlearn_spark import class_archive
     from unlearn_spark.config import Settings
 
     spark_settings = (settings or Settings()).spark
@@ -236,11 +227,6 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     logging = Path(__file__).resolve().parent.parent / "conf" / "log4j2.properties"
     if logging.exists():
         conf["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={logging.as_uri()}"
-    variables: dict[str, str] = {}
-    if spark_settings.class_archive and not submitted and not remote:
-        archive, home = Path(spark_settings.class_archive), jars_directory().parent
-        options, variables = class_archive.launch(archive, home)
-        conf["spark.driver.extraJavaOptions"] += f" {options}"
     conf = with_further(conf, own)
     place = remote or spark_settings.master or ("" if submitted else "local[*]")
     if place:
@@ -256,11 +242,9 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
 
         builder = configure_spark_with_delta_pip(builder)
     try:
-        with class_archive.environment(variables):
-            session = builder.getOrCreate()
+        session = builder.getOrCreate()
     except Exception as error:
-        hint = "; without spark.class_archive it may: then make that anew" if variables else ""
-        raise UserError(f"Spark did not start: {_first_cause(error)}{hint}") from error
+        raise UserError(f"Spark did not start: {_first_cause(error)}") from error
     _set_up(session, {key: value for key, value in _DEFAULTS.items() if key not in own})
     return session
 

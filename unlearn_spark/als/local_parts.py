@@ -1,7 +1,7 @@
 """Rating parts in files beside the workers, so that the ratings reach Python once in a training.
 
 Taking a part out of Spark's cache, through Arrow and a pipe into a worker, is about a tenth of a
-sweep (docs/performance-history.md), and a training would do it in every sweep. So `keep` leaves
+sweep, and a training would do it in every sweep. So `keep` leaves
 each part, sorted, in a memory-mapped file, which every worker of the machine shares. Sweeps send
 factors alone, to where Spark has the part in its cache, which is where the file is; a part that is
 not there after all (an executor was lost, a disk was full) is reported as missing, and the driver
