@@ -98,7 +98,9 @@ def of_published(
     )
     seen = None
     if model.ratings_version is not None:
-        seen = ratings.retained(store, model.ratings_version, tombstones.version(store))
+        seen = ratings.retained(
+            store, model.ratings_version, tombstones.version(store), model.receipts_version
+        )
     with formats.explained(path, form):
         metrics = held_out_metrics(users, items, usable, seen, k=k, min_rating=min_rating)
     return {"model_version": model.model_version, **metrics}
@@ -110,10 +112,12 @@ def of_split(
     """Metrics of the settings, fitted to one share of the ratings table and tried on the other."""
     from unlearn_spark.als.training import fit_factors
     from unlearn_spark.evaluation.metrics import held_out_metrics, split_by_hash
-    from unlearn_spark.tables import ratings, tombstones
+    from unlearn_spark.tables import models, ratings, tombstones
 
     store = context.store
-    stored = ratings.retained(store, None, tombstones.version(store))
+    newest = models.newest(store)
+    receipts_version = newest.receipts_version if newest else None
+    stored = ratings.retained(store, None, tombstones.version(store), receipts_version)
     table = stored.select("user_id", "item_id", "rating")
     train, held_out = split_by_hash(table, fraction, seed)
     result = fit_factors(

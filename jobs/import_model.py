@@ -55,7 +55,8 @@ def main(context: JobContext, path: str, form: str, converge: bool) -> dict[str,
     parent = models.newest(store)
     ratings_version = store.version(ratings.TABLE)
     tombstones_version = tombstones.version(store)
-    stored = ratings.retained(store, ratings_version, tombstones_version)
+    receipts_version = parent.receipts_version if parent else None
+    stored = ratings.retained(store, ratings_version, tombstones_version, receipts_version)
     kinds = {side: stored.schema[f"{side}_id"].dataType for side in ("user", "item")}
     given = foreign.read_factors(context.spark, path, form, kinds)
     progress(f"{path}: {given.n_users} users and {given.n_items} items of rank {given.rank}")

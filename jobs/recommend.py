@@ -117,7 +117,9 @@ def seen_pairs(store: Store, model: ModelVersion) -> DataFrame | None:
     if model.ratings_version is None:
         progress(f"model version {model.model_version} names no ratings; no item counts as seen")
         return None
-    rated = ratings.retained(store, model.ratings_version, tombstones.version(store))
+    rated = ratings.retained(
+        store, model.ratings_version, tombstones.version(store), model.receipts_version
+    )
     return rated.select(F.col("user_id").alias("query_id"), F.col("item_id").alias("candidate_id"))
 
 

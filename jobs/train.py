@@ -36,7 +36,8 @@ def main(context: JobContext, plot: str | None) -> dict[str, Any]:
     parent = models.newest(store)
     ratings_version = store.version(ratings.TABLE)
     tombstones_version = tombstones.version(store)
-    stored = ratings.retained(store, ratings_version, tombstones_version)
+    receipts_version = parent.receipts_version if parent else None
+    stored = ratings.retained(store, ratings_version, tombstones_version, receipts_version)
     warm = publishing.warm_start(store, settings.als.warm_start)
     fitted = fit_factors(
         stored.select("user_id", "item_id", "rating"),

@@ -176,7 +176,10 @@ def test_unlearn_killed_after_a_commit_is_done_by_the_next_run(
     left = {(row.user_id, row.item_id) for row in ratings.read(store).collect()}
     assert left == {row[:2] for row in data_set} - gone
     new = models.published(store)
-    answers = [(row.request_id, row.ratings_removed) for row in receipts.read(store, new).collect()]
+    answers = [
+        (row.request_id, row.ratings_removed)
+        for row in receipts.read(store, new.receipts_version).collect()
+    ]
     assert sorted(answers) == sorted(
         (f"r-{user}", sum(row[0] == user for row in data_set)) for user in GONE
     )

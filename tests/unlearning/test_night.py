@@ -225,7 +225,7 @@ def test_a_night_that_solves_nothing_replaces_the_ledger_of_its_blocks_alone(
 
 
 def receipts_of(store):
-    return receipts.read(store, models.published(store)).collect()
+    return receipts.read(store, models.published(store).receipts_version).collect()
 
 
 def trained(job, path, rows, sets=()):

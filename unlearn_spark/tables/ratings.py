@@ -19,12 +19,14 @@ from pyspark.sql import types as T
 
 from unlearn_spark.als.spark import one_of, session_conf
 from unlearn_spark.errors import ConflictError, InputError
-from unlearn_spark.tables import formats, quarantine, tombstones
+from unlearn_spark.tables import formats, quarantine, receipts, tombstones
 from unlearn_spark.tables.store import Store, TableSpec, outdated
 from unlearn_spark.unlearning import requests
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
+
+    from unlearn_spark.tables.models import ModelVersion
 
 TABLE = "ratings"
 
@@ -134,20 +136,77 @@ def read(store: Store, version: int | None = None) -> DataFrame:
     return store.read(TABLE, version)
 
 
-def retained(store: Store, version: int | None, tombstones_version: int | None) -> DataFrame:
+def retained(
+    store: Store,
+    version: int | None,
+    tombstones_version: int | None,
+    receipts_version: int | None,
+) -> DataFrame:
     """The table without what was asked to be forgotten: what a model may learn.
 
     Parameters
     ----------
     version
         Delta version of the ratings; None: as they are now.
+    tombstones_version, receipts_version
+        See `without_asked`.
+    """
+    return without_asked(store, read(store, version), tombstones_version, receipts_version)
+
+
+def without_asked(
+    store: Store, rows: DataFrame, tombstones_version: int | None, receipts_version: int | None
+) -> DataFrame:
+    """Rows of the table without those that a request covers.
+
+    Parameters
+    ----------
     tombstones_version
         As from `tombstones.version`; None: nothing was ever asked.
+    receipts_version
+        Delta version of the receipts, as the model names it that is published at the time; None:
+        no request is done. One that is not covers what it names even if it was lifted since.
     """
-    rows = read(store, version)
     if tombstones_version is None:
         return rows
-    return requests.retained(rows, tombstones.read(store, tombstones_version))
+    return requests.retained(rows, asked(store, tombstones_version, receipts_version), guard=False)
+
+
+def asked(store: Store, tombstones_version: int, receipts_version: int | None) -> DataFrame:
+    """The requests (`requests.effective`) of a version of the tombstones; those without a receipt
+    in a version of the receipts are pending."""
+    done = None if receipts_version is None else receipts.read(store, receipts_version)
+    return requests.effective(tombstones.read(store, tombstones_version), done)
+
+
+def fitted(store: Store, model: ModelVersion) -> DataFrame:
+    """The rows that a model version was fitted to, at the versions that it names.
+
+    Raises
+    ------
+    InputError
+        The model names no ratings.
+    """
+    if model.ratings_version is None:
+        raise InputError(
+            f"model version {model.model_version} names no ratings; train a model here first"
+        )
+    rows = read(store, model.ratings_version)
+    return with_fitted(store, model, rows).where("fitted").drop("fitted")
+
+
+def with_fitted(store: Store, model: ModelVersion, rows: DataFrame) -> DataFrame:
+    """Rows of the table with `fitted` (boolean): are they among those that the model was fitted to?
+
+    Also of a later version of the table: what was written since has a later `ingest_id`.
+    """
+    known = F.col("ingest_id") <= (model.ratings_ingest_id or 0)
+    if model.tombstones_version is None:
+        return rows.withColumn("fitted", known)
+    every = asked(store, model.tombstones_version, model.receipts_version)
+    marked = requests.with_requests(rows, every, guard=False)
+    known &= F.size("request_ids") == 0
+    return marked.withColumn("fitted", known).drop("request_ids")
 
 
 def newest_ingest(store: Store, version: int | None = None) -> int:

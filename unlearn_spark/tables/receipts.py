@@ -29,6 +29,7 @@ SPEC = TableSpec(
             StructField("request_id", StringType()),
             StructField("model_version", LongType()),
             StructField("ratings_removed", LongType()),
+            # Of the whole night that honoured the request, as requests of a night share the work.
             StructField("rows_resolved", LongType()),
             StructField("max_residual", DoubleType()),
             StructField("honoured_at", TimestampType()),
@@ -38,11 +39,13 @@ SPEC = TableSpec(
 )
 
 
-def read(store: Store, model: ModelVersion) -> DataFrame | None:
-    """Receipts that the published version stands for; None before the first."""
-    if model.receipts_version is None:
-        return None
-    return store.read(TABLE, model.receipts_version)
+def read(store: Store, version: int) -> DataFrame:
+    """Receipts at a Delta version, as a model names it.
+
+    Columns: request_id; model_version that honoured it; ratings_removed by this request;
+    rows_resolved and max_residual of the whole night; honoured_at, purged_at (timestamps).
+    """
+    return store.read(TABLE, version)
 
 
 def append(store: Store, model: ModelVersion, rows: DataFrame) -> int:

@@ -13,7 +13,7 @@ ratings (implicit: of positive ones), as in Spark MLlib.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
-from unlearn_spark.errors import InputError
-from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
+from unlearn_spark.tables import factors, models, ratings
 from unlearn_spark.unlearning import requests
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+    from pyspark.sql import DataFrame
 
     from unlearn_spark.config import AlsSettings
     from unlearn_spark.tables.models import ModelVersion
@@ -107,38 +106,21 @@ class Audit:
         return not self.failures
 
 
-def audit(
-    store: Store,
-    model: ModelVersion,
-    keyed_hash: Callable[[Column], Column] | None = None,
-) -> Audit:
+def audit(store: Store, model: ModelVersion) -> Audit:
     """Scan a published version, the newest or any earlier one. Nothing is written.
 
     Memory is bounded on every worker: a row's ratings are streamed, however many they are. The
     cost is two shuffles of the ratings, each rating with a vector.
-
-    Parameters
-    ----------
-    keyed_hash
-        How ids were hashed in tombstones that are done (see `requests.covered`).
 
     Raises
     ------
     InputError
         The model names no ratings, so there is nothing to check it against.
     """
-    if model.ratings_version is None:
-        raise InputError(
-            f"model version {model.model_version} names no ratings to audit it against; "
-            "train a model here"
-        )
+    retained = ratings.fitted(store, model)
     stored = ratings.read(store, model.ratings_version).where(
         F.col("ingest_id") <= (model.ratings_ingest_id or 0)
     )
-    retained = stored
-    if model.tombstones_version is not None:
-        forgotten = tombstones.read(store, model.tombstones_version)
-        retained = requests.retained(stored, forgotten, keyed_hash=keyed_hash)
     usable = dict(zip(OTHER, models.read_factors(store, model), strict=True))
     usable = {side: _usable(rows, model.als.rank) for side, rows in usable.items()}
     scanned = [_residuals(retained, usable, side, model.als) for side in OTHER]
@@ -159,29 +141,20 @@ def audit(
         ledger_below=total("ledger_below"),
         ledger_missing=total("ledger_missing"),
         ledger_extra=total("ledger_extra"),
-        tombstoned_ratings_found=_tombstoned(store, model, stored, keyed_hash),
+        tombstoned_ratings_found=_tombstoned(store, model, stored),
         rows_without_ratings=total("rows_without_ratings"),
         # The users' scan sees every rating with both its rows; the items' would count it again.
         ratings_without_rows=of_side("unmatched", 0)["user"],
     )
 
 
-def _tombstoned(
-    store: Store,
-    model: ModelVersion,
-    stored: DataFrame,
-    keyed_hash: Callable[[Column], Column] | None,
-) -> int:
+def _tombstoned(store: Store, model: ModelVersion, stored: DataFrame) -> int:
     """How many stored ratings are covered by a request that has a receipt."""
-    done = receipts.read(store, model)
-    if done is None:
+    if model.receipts_version is None or model.tombstones_version is None:
         return 0
-    every = tombstones.read(store, model.tombstones_version)
-    # Lifted requests are told from all tombstones, before those without a receipt are left out.
-    honoured = requests.effective(every).join(
-        done.select("request_id").distinct(), "request_id", "left_semi"
-    )
-    marked = requests.with_requests(stored, honoured, guard=True, keyed_hash=keyed_hash)
+    every = ratings.asked(store, model.tombstones_version, model.receipts_version)
+    honoured = every.where("NOT pending")
+    marked = requests.with_requests(stored, honoured, guard=True)
     return marked.where(F.size("request_ids") > 0).count()
 
 

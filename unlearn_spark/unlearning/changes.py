@@ -15,7 +15,7 @@ from unlearn_spark import publishing
 from unlearn_spark.als.blocks import SIDES
 from unlearn_spark.als.spark import block_of, materialise
 from unlearn_spark.errors import InputError
-from unlearn_spark.tables import ratings, receipts, tombstones
+from unlearn_spark.tables import ratings, tombstones
 from unlearn_spark.unlearning import requests
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ the changes into the ledger would take longer than to encode the ratings anew.""
 FEW_USERS = 128
 """The ratings of so many users are a small part of all, and are found without reading the rest."""
 
+MOST_NAMED = 1000
+"""Most requests without ratings that are named one by one; all have their receipts."""
+
+LIFT = "reinstate"
+
 PAIR = ["user_id", "item_id"]
 
 
@@ -41,9 +46,12 @@ class News:
     Attributes
     ----------
     pending
-        Requests without a receipt; None where nothing was ever asked.
+        Requests without a receipt (`requests.effective`); None where nothing was ever asked.
+    lifts
+        Reinstatements that the model does not know: they may let ratings in that it left out; None
+        where there are none.
     scopes
-        How many of them have each scope.
+        How many of `pending` and `lifts` have each scope.
     n_users
         About how many users the ingested ratings are of.
     ratings_version, ingest_id, tombstones_version
@@ -51,6 +59,7 @@ class News:
     """
 
     pending: DataFrame | None
+    lifts: DataFrame | None
     scopes: dict[str, int]
     n_users: int
     ratings_version: int
@@ -59,12 +68,18 @@ class News:
 
     @property
     def n_requests(self) -> int:
-        return sum(self.scopes.values())
+        return sum(n for scope, n in self.scopes.items() if scope != LIFT)
+
+    @property
+    def may_add(self) -> bool:
+        """Is there anything that ratings may come in by?"""
+        return bool(self.n_users) or self.lifts is not None
 
     @property
     def is_small(self) -> bool:
         """Is what is read for it little enough for `SMALL_QUERIES`?"""
-        return "item" not in self.scopes and self.n_requests + self.n_users <= FEW_USERS
+        reads_everything = "item" in self.scopes or self.lifts is not None
+        return not reads_everything and self.n_requests + self.n_users <= FEW_USERS
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,9 @@ class Changes:
         What it was computed from.
     removed
         user_id, item_id, request_id: one row for each rating and request, in the model or not.
+    stored
+        user_id, item_id of the ratings that requests cover as the table has them now. A pair of
+        `removed` that was rated again after the request is not among them.
     pairs
         user_id, item_id, value, change (-1 leaves the model, +1 enters it).
     blocks
@@ -85,21 +103,26 @@ class Changes:
         Ratings that requests take out of the model, and new or corrected ones.
     net
         By how many ratings the model grows.
+    without_ratings
+        The first `MOST_NAMED` request_ids that cover no rating, in order.
     """
 
     news: News
     removed: DataFrame | None
+    stored: DataFrame | None
     pairs: DataFrame
     blocks: dict[str, list[int]]
     n_removed: int
     n_added: int
     net: int
+    without_ratings: list[str]
 
     @property
     def figures(self) -> dict[str, Any]:
         """Of the job's JSON."""
         return {
             "requests": self.news.n_requests,
+            "requests_without_ratings": self.without_ratings,
             "ratings_removed": self.n_removed,
             "ratings_added": self.n_added,
         }
@@ -128,11 +151,13 @@ def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
     )
     ratings_version, tombstones_version = heads["ratings"], heads["tombstones"]
     assert ratings_version is not None
-    pending = None
+    pending, lifts = None, None
     scopes: dict[str, int] = {}
     if tombstones_version is not None:
-        pending = materialise(_pending(store, model, tombstones_version), checkpoint)
-        scopes = dict(pending.groupBy("scope").count().toLocalIterator())
+        asked = materialise(_unanswered(store, model, tombstones_version), checkpoint)
+        scopes = dict(asked.groupBy("scope").count().toLocalIterator())
+        pending = asked.where(F.col("scope") != LIFT)
+        lifts = asked.where(F.col("scope") == LIFT) if LIFT in scopes else None
     ingest_id, n_users = model.ratings_ingest_id or 0, 0
     if ratings_version != model.ratings_version:
         later = ratings.since(store, ingest_id, ratings_version)
@@ -140,126 +165,140 @@ def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
         row = later.agg(newest, F.approx_count_distinct("user_id")).first()
         assert row is not None
         ingest_id, n_users = row
-    return News(pending, scopes, n_users, ratings_version, ingest_id, tombstones_version)
+    return News(pending, lifts, scopes, n_users, ratings_version, ingest_id, tombstones_version)
 
 
 def collect_changes(store: Store, model: ModelVersion, news: News, checkpoint: str) -> Changes:
     """The ratings that requests take out of the model, and those that come in.
 
-    Reads the user blocks that the requests name, and all of the ratings only for a request that
-    names an item.
+    Reads the user blocks that the requests name, and all of the ratings only for a request or a
+    reinstatement that names an item.
     """
-    ratings_version, tombstones_version = news.ratings_version, news.tombstones_version
-    removed, leaving, pairs = None, None, None
+    version = news.ratings_version
+    removed, stored, leaving, pairs = None, None, None, None
     if news.pending is not None and news.n_requests:
-        found = _found(store, model, news.pending, "item" in news.scopes, ratings_version)
-        found = materialise(found, checkpoint)
+        found = materialise(_found(store, model, news), checkpoint)
         removed = found.select(*PAIR, F.explode("asked").alias("request_id")).distinct()
-        leaving = found.where("known").select(*PAIR, "rating")
+        stored = found.where("stored").select(*PAIR)
+        leaving = found.where("fitted").select(*PAIR, "rating")
         pairs = _changed(leaving, -1)
-    ingested = ratings_version != model.ratings_version
-    if ingested:
-        added = _added(store, model, removed, ratings_version, tombstones_version)
-        added = materialise(added, checkpoint)
+    may_add = version != model.ratings_version or news.lifts is not None
+    if may_add:
+        added = materialise(_added(store, model, news), checkpoint)
         replaced = ratings.covering(store, added.select(PAIR), model.ratings_version)
-        replaced = _with_known(store, model, replaced).where("known").select(*PAIR, "rating")
+        replaced = ratings.with_fitted(store, model, replaced).where("fitted")
+        replaced = replaced.select(*PAIR, "rating")
         if leaving is not None:
             replaced = replaced.join(leaving.select(PAIR), PAIR, "left_anti")
         more = _changed(replaced, -1).unionByName(_changed(added, 1))
         pairs = materialise(more if pairs is None else pairs.unionByName(more), checkpoint)
     if pairs is None:
-        nothing = ratings.read(store, ratings_version).limit(0)
+        nothing = ratings.read(store, version).limit(0)
         pairs = _changed(nothing.select(*PAIR, "rating"), 1)
-    n_left, n_added, *blocks = _counted(pairs, model)
+    n_left, n_added, user_blocks, item_blocks, without_ratings = _counted(
+        pairs, model, news.pending, removed
+    )
     n_removed = n_left
-    if ingested:  # old values of corrected ratings leave as well
+    if may_add:  # old values of corrected ratings leave as well
         n_removed = leaving.count() if leaving is not None else 0
     return Changes(
         news,
         removed,
+        stored,
         pairs,
-        {side: sorted(numbers) for side, numbers in zip(SIDES, blocks, strict=True)},
+        dict(zip(SIDES, (sorted(user_blocks), sorted(item_blocks)), strict=True)),
         n_removed,
         n_added,
         n_added - n_left,
+        without_ratings,
     )
 
 
-def _pending(store: Store, model: ModelVersion, tombstones_version: int) -> DataFrame:
-    """Requests in force that the model has not answered."""
-    pending = requests.effective(tombstones.read(store, tombstones_version))
-    done = receipts.read(store, model)
-    if done is None:
+def _unanswered(store: Store, model: ModelVersion, tombstones_version: int) -> DataFrame:
+    """Requests that the model has not answered, and reinstatements that it does not know."""
+    pending = ratings.asked(store, tombstones_version, model.receipts_version).where("pending")
+    if tombstones_version == model.tombstones_version:
         return pending
-    return pending.join(done.select("request_id"), "request_id", "left_anti")
+    lifts = tombstones.read(store, tombstones_version).where(F.col("scope") == LIFT)
+    if model.tombstones_version is not None:
+        earlier = tombstones.read(store, model.tombstones_version).select("request_id")
+        lifts = lifts.join(earlier, "request_id", "left_anti")
+    return pending.unionByName(lifts, allowMissingColumns=True)
 
 
-def _found(
-    store: Store, model: ModelVersion, pending: DataFrame, by_item: bool, ratings_version: int
-) -> DataFrame:
-    """Ratings that requests cover: user_id, item_id, rating, `asked` (the requests), and `known`:
-    was the model fitted to it?"""
-    columns = [*PAIR, "rating", "asked", "known"]
+def _found(store: Store, model: ModelVersion, news: News) -> DataFrame:
+    """Ratings that pending requests cover: user_id, item_id, rating, `asked` (the requests),
+    `fitted` (was the model fitted to it?), and `stored` (does the table have it now?)."""
+    columns = [*PAIR, "rating", "asked", "fitted", "stored"]
     assert model.ratings_version is not None
-    before = _covered(store, pending, by_item, model.ratings_version)
-    found = _with_known(store, model, before).select(columns)
-    if ratings_version == model.ratings_version:
+    is_newest = news.ratings_version == model.ratings_version
+    before = ratings.with_fitted(store, model, _covered(store, news, model.ratings_version))
+    found = before.withColumn("stored", F.lit(is_newest)).select(columns)
+    if is_newest:
         return found
     # Also what a job that died after deleting has left, and what was ingested since.
-    now = _covered(store, pending, by_item, ratings_version).withColumn("known", F.lit(False))
+    now = _covered(store, news, news.ratings_version)
+    now = now.withColumns({"fitted": F.lit(False), "stored": F.lit(True)})
     return found.unionByName(now.select(columns))
 
 
-def _covered(store: Store, pending: DataFrame, by_item: bool, version: int) -> DataFrame:
-    """The ratings of a version that requests cover, with `asked`: the requests.
-
-    `by_item`: there are requests that name an item, so that every user's ratings must be read.
-    """
-    of_users = pending.where("scope != 'item'").select("user_id")
-    rows = ratings.covering(store, of_users, version)
-    if by_item:
-        of_items = pending.where("scope = 'item'").select("item_id")
-        rows = rows.unionByName(ratings.covering(store, of_items, version)).distinct()
-    marked = requests.with_requests(rows, pending, guard=False)
+def _covered(store: Store, news: News, version: int) -> DataFrame:
+    """The ratings of a version that pending requests cover, with `asked`: the requests."""
+    assert news.pending is not None
+    of_users = news.pending.where("scope != 'item'")
+    of_items = news.pending.where("scope = 'item'") if "item" in news.scopes else None
+    rows = _named(store, of_users, of_items, version)
+    marked = requests.with_requests(rows, news.pending, guard=False)
     return marked.where(F.size("request_ids") > 0).withColumnRenamed("request_ids", "asked")
 
 
-def _with_known(store: Store, model: ModelVersion, rows: DataFrame) -> DataFrame:
-    """Rows of the published ratings with `known`: was the model fitted to it?"""
-    fitted = F.col("ingest_id") <= (model.ratings_ingest_id or 0)
-    if model.tombstones_version is not None:
-        earlier = tombstones.read(store, model.tombstones_version)
-        rows = requests.with_requests(rows, earlier, guard=True)
-        fitted = fitted & (F.size("request_ids") == 0)
-    return rows.withColumn("known", fitted)
-
-
-def _added(
-    store: Store,
-    model: ModelVersion,
-    removed: DataFrame | None,
-    ratings_version: int,
-    tombstones_version: int | None,
+def _named(
+    store: Store, of_users: DataFrame, of_items: DataFrame | None, version: int
 ) -> DataFrame:
-    """user_id, item_id, rating of ratings that came since, unless a request covers them."""
-    added = ratings.since(store, model.ratings_ingest_id or 0, ratings_version)
-    if tombstones_version is not None:
-        added = requests.retained(added, tombstones.read(store, tombstones_version))
-    if removed is not None:
-        added = added.join(removed.select(PAIR).distinct(), PAIR, "left_anti")
-    return added.select(*PAIR, "rating")
+    """The ratings of the users, and of the items, that tombstones name.
+
+    For an item every user's ratings have to be read; None: there is none.
+    """
+    rows = ratings.covering(store, of_users.select("user_id"), version)
+    if of_items is None:
+        return rows
+    of_items = ratings.covering(store, of_items.select("item_id"), version)
+    return rows.unionByName(of_items).distinct()
+
+
+def _added(store: Store, model: ModelVersion, news: News) -> DataFrame:
+    """user_id, item_id, rating of what remains and the model was not fitted to: ratings that came
+    since, and those that a reinstatement lets in."""
+    version = news.ratings_version
+    rows = ratings.since(store, model.ratings_ingest_id or 0, version)
+    if news.lifts is not None:
+        let_in = _named(store, news.lifts, news.lifts, version)
+        let_in = ratings.with_fitted(store, model, let_in).where("NOT fitted").drop("fitted")
+        rows = rows.unionByName(let_in.select(*rows.columns)).distinct()
+    rows = ratings.without_asked(store, rows, news.tombstones_version, model.receipts_version)
+    return rows.select(*PAIR, "rating")
 
 
 def _changed(rows: DataFrame, change: int) -> DataFrame:
     return rows.withColumnRenamed("rating", "value").withColumn("change", F.lit(change))
 
 
-def _counted(pairs: DataFrame, model: ModelVersion) -> tuple[int, int, list[int], list[int]]:
-    """How many pairs leave and enter, and the blocks of their users and items."""
+def _counted(
+    pairs: DataFrame, model: ModelVersion, pending: DataFrame | None, removed: DataFrame | None
+) -> tuple[int, int, list[int], list[int], list[str]]:
+    """How many pairs leave and enter, the blocks of their users and items, and the first requests
+    that remove none."""
     blocks = [
         F.collect_set(block_of(f"{side}_id", model.settings["layouts"][side]["n_blocks"]))
         for side in SIDES
     ]
-    row = pairs.agg(F.expr("count_if(change < 0)"), F.expr("count_if(change > 0)"), *blocks).first()
+    counted = pairs.agg(F.expr("count_if(change < 0)"), F.expr("count_if(change > 0)"), *blocks)
+    if pending is None or removed is None:
+        counted = counted.withColumn("without_ratings", F.array().cast("array<string>"))
+    else:
+        idle = pending.join(removed.select("request_id"), "request_id", "left_anti")
+        idle = idle.orderBy("request_id").limit(MOST_NAMED)
+        counted = counted.crossJoin(idle.agg(F.array_sort(F.collect_list("request_id"))))
+    row = counted.first()
     assert row is not None
     return tuple(row)

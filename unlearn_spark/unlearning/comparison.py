@@ -42,7 +42,7 @@ from unlearn_spark.als.training import FitResult, fit_factors
 from unlearn_spark.errors import InputError
 from unlearn_spark.evaluation import membership
 from unlearn_spark.evaluation.metrics import held_out_metrics
-from unlearn_spark.tables import formats, models, ratings, tombstones
+from unlearn_spark.tables import formats, models, ratings
 from unlearn_spark.unlearning import requests
 from unlearn_spark.unlearning.certificate import vectors_of
 
@@ -129,8 +129,9 @@ def find_deletion(store: Store, model: ModelVersion, checkpoint: str) -> Deletio
                 f"{model.model_version} with {new}; only versions of equal settings compare"
             )
     pair = ["user_id", "item_id"]
-    retained = materialise(ratings_of(store, model), checkpoint)
-    known = ratings_of(store, before)
+    values = (*pair, "rating")
+    retained = materialise(ratings.fitted(store, model).select(*values), checkpoint)
+    known = ratings.fitted(store, before).select(*values)
     deleted = known.select(pair).join(retained.select(pair), pair, "left_anti")
     deleted = materialise(deleted, checkpoint)
     n_retained, n_deleted = retained.count(), deleted.count()
@@ -159,24 +160,6 @@ def version_before(store: Store, model: ModelVersion) -> ModelVersion:
     raise InputError(
         f"version {model.model_version} follows no trained version; nothing to compare it with"
     )
-
-
-def ratings_of(store: Store, model: ModelVersion) -> DataFrame:
-    """user_id, item_id, rating of what a version was fitted to, at the versions that it names.
-
-    Raises
-    ------
-    InputError
-        The model names no ratings.
-    """
-    if model.ratings_version is None:
-        raise InputError(f"version {model.model_version} names no ratings; nothing to compare")
-    rows = ratings.read(store, model.ratings_version).where(
-        F.col("ingest_id") <= (model.ratings_ingest_id or 0)
-    )
-    if model.tombstones_version is not None:
-        rows = requests.retained(rows, tombstones.read(store, model.tombstones_version))
-    return rows.select("user_id", "item_id", "rating")
 
 
 def held_out_ratings(store: Store, model: ModelVersion, path: str, form: str) -> DataFrame:

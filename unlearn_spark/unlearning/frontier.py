@@ -304,7 +304,12 @@ class Frontier:
         )
         force = self.settings.direct_rows == "resolve"
         opener = exchange.page_opener(self.solver, tonight, drifts, force, self._levels)
-        self.ledger, self.touched = ledger, _sides(touched)
+        # Ids of the two sides may be of different types; the ledger has them as strings.
+        named = {
+            side: rows.withColumn("id", F.col("id").cast("string"))
+            for side, rows in touched.items()
+        }
+        self.ledger, self.touched = ledger, _sides(named)
         self.changes = earlier.unionByName(news)
         self.near = near
         messages = self._fetched(needed, self._packed(self.touched))
@@ -332,7 +337,7 @@ class Frontier:
         """Entries, touched rows and changes in some blocks, by page; they are told apart by what
         they lack."""
         place = ("side", self._page, "slot")
-        counted = (F.col("id").cast("string").alias("id"), "n_ratings")
+        counted = ("id", "n_ratings")
         norms = ("gradient_norm", "b_norm", "factor_norm")
         changed = ("other_slot", "value", "change", "model_version")
         return _union(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from unlearn_spark.als.training import aggregates_of, fit_factors, solver_of
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import factors, models, ratings, receipts
 from unlearn_spark.tables.models import Sizes
-from unlearn_spark.unlearning.changes import Changes, collect_changes, find_news
+from unlearn_spark.unlearning.changes import MOST_NAMED, Changes, collect_changes, find_news
 from unlearn_spark.unlearning.frontier import Frontier, Work
 
 if TYPE_CHECKING:
@@ -71,8 +71,11 @@ class Tonight:
 
     def retained(self) -> DataFrame:
         """user_id, item_id, rating: what the model may know in the morning."""
-        versions = self.changes.news.ratings_version, self.changes.news.tombstones_version
-        return ratings.retained(self.store, *versions).select("user_id", "item_id", "rating")
+        news = self.changes.news
+        rows = ratings.retained(
+            self.store, news.ratings_version, news.tombstones_version, self.model.receipts_version
+        )
+        return rows.select("user_id", "item_id", "rating")
 
     def metrics(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Of the published version, with the figures of the job."""
@@ -111,7 +114,7 @@ def run_night(
         model = models.published(store)
         news = find_news(store, model, checkpoint)
     idle = {"model_version": model.model_version, "requests": 0, "ratings_removed": 0}
-    if not news.n_requests and (kind == "unlearn" or not news.n_users):
+    if not news.n_requests and (kind == "unlearn" or not news.may_add):
         return idle
     night, done = None, None
     with session_conf(store.spark, SMALL_QUERIES if news.is_small else {}):
@@ -129,6 +132,8 @@ def run_night(
             f"{news.n_requests} requests take {changes.n_removed} ratings out; "
             f"{changes.n_added} new or corrected ratings come in"
         )
+        if changes.without_ratings:
+            progress(_idle_requests(changes.without_ratings))
         sizes: Sizes = found["sizes"]
         n_ratings = sizes.ratings + changes.net
         if n_ratings <= 0:
@@ -164,6 +169,13 @@ def run_night(
         **figures,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _idle_requests(names: Sequence[str]) -> str:
+    """A line about requests that covered no rating: of somebody else, or written otherwise?"""
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    number = f"{MOST_NAMED} or more" if len(names) == MOST_NAMED else str(len(names))
+    return f"{number} of the requests cover no rating (check their ids and times): {shown}"
 
 
 def _sweep(
@@ -544,9 +556,9 @@ class Night:
 def _delete_ratings(store: Store, changes: Changes) -> int:
     """Delete what the requests cover; returns the version of the ratings without it."""
     version = changes.news.ratings_version
-    if changes.removed is None:
+    if changes.stored is None:
         return version
-    return ratings.delete(store, changes.removed.select("user_id", "item_id"), version)
+    return ratings.delete(store, changes.stored, version)
 
 
 def _receipts_write(

@@ -5,14 +5,17 @@ pair, as it was rated up to the request) or `window` (a user's ratings with
 `from_ts <= rated_at < to_ts`, up to the request). `reinstate` lifts the earlier user or item
 tombstones of an id.
 
-Tombstones are used in two ways, which differ only after a reinstatement:
+A request is pending until a model version has a receipt for it. Whether it is pending matters only
+after a reinstatement:
 
-========  ==============================  =====================================================
-use       question                        a user or item tombstone that was lifted since
-========  ==============================  =====================================================
-guard     may this rating be stored?      covers nothing any more
-honour    which ratings must go now?      still covers what was rated up to its `requested_at`
-========  ==============================  =====================================================
+=======  ========================================================================
+request  a user or item tombstone that was lifted since
+=======  ========================================================================
+pending  still covers what was rated up to its `requested_at`: that was to be forgotten
+done     covers nothing any more: what comes in again is welcome
+=======  ========================================================================
+
+Ingestion asks what may be stored, and to it every lifted tombstone is done (`guard`).
 
 A rating whose time is unknown counts as older than every request, and is in no window.
 """
@@ -36,12 +39,18 @@ HASHED_ID = "hmac-sha256:"
 """How an id begins that a keyed hash has replaced, once the request is done and purged."""
 
 
-def effective(tombstones: DataFrame) -> DataFrame:
-    """The deletion requests among the tombstones, with `reinstated_at` (timestamp) beside them.
+def effective(tombstones: DataFrame, done: DataFrame | None = None) -> DataFrame:
+    """The deletion requests among the tombstones, with two columns more.
 
-    `reinstated_at` is the first reinstatement of the request's user or item that is later than
-    the request; null while the request is in force, and always for `rating` and `window`.
-    A reinstatement at the very time of the request does not lift it.
+    `reinstated_at` (timestamp) is the first reinstatement of the request's user or item that is
+    later than the request; null while the request is in force, and always for `rating` and
+    `window`. A reinstatement at the very time of the request does not lift it. `pending` (boolean)
+    says whether the request has no receipt.
+
+    Parameters
+    ----------
+    done
+        Receipts, with `request_id`; None: there are none.
     """
     lifts = tombstones.where(F.col("scope") == "reinstate")
     lifts = lifts.select(
@@ -68,9 +77,14 @@ def effective(tombstones: DataFrame) -> DataFrame:
         "left",
     )
     later = F.filter("lifts", lambda at: at > F.col("requested_at"))
-    return joined.withColumn("reinstated_at", F.array_min(later)).drop(
+    found = joined.withColumn("reinstated_at", F.array_min(later)).drop(
         "lift_scope", "lift_id", "lifts"
     )
+    if done is None:
+        return found.withColumn("pending", F.lit(True))
+    answered = done.select("request_id", F.lit(False).alias("pending")).distinct()
+    found = found.join(answered, "request_id", "left")
+    return found.withColumn("pending", F.coalesce("pending", F.lit(True)))
 
 
 def covered(
@@ -89,7 +103,8 @@ def covered(
         The tombstones table, or (some rows of) `effective` of it: a part of the table alone does
         not show which requests were lifted. Assumed to fit in memory: it is broadcast.
     guard
-        True asks what may not be stored, False what must be removed (see the module).
+        True asks what may not be stored, False what must be removed or may not be learnt (see the
+        module).
     keyed_hash
         How ids (strings) were hashed in tombstones that are done, as a Column expression, for
         example `hmac_sha256` with its key; without it, hashed tombstones cover nothing.
@@ -101,7 +116,7 @@ def covered(
 def retained(
     ratings: DataFrame,
     tombstones: DataFrame,
-    guard: bool = True,
+    guard: bool,
     keyed_hash: Callable[[Column], Column] | None = None,
 ) -> DataFrame:
     """The ratings that no request covers; parameters as for `covered`."""
@@ -160,7 +175,9 @@ def _rules(requests: DataFrame, guard: bool) -> DataFrame:
     """
     scope = F.col("scope")
     lifted = F.col("reinstated_at").isNotNull()
-    in_force = ~(lifted & scope.isin("user", "item")) if guard else F.lit(True)
+    covers_nothing = lifted & scope.isin("user", "item")
+    if not guard:
+        covers_nothing &= ~F.col("pending")
     open_ended = scope.isin("user", "item") & ~lifted
     rule = F.struct(
         F.col("request_id"),
@@ -170,7 +187,7 @@ def _rules(requests: DataFrame, guard: bool) -> DataFrame:
         F.when(~open_ended, F.col("requested_at")).alias("until"),
     )
     by_item = scope == "item"
-    return requests.where(in_force).select(
+    return requests.where(~covers_nothing).select(
         F.when(by_item, "item").otherwise("user").alias("by"),
         F.when(by_item, F.col("item_id")).otherwise(F.col("user_id")).alias("id"),
         rule.alias("rule"),

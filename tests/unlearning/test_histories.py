@@ -1,0 +1,304 @@
+"""Random histories of ratings, requests, reinstatements and re-ratings against a plain reading of
+the rules: what remains in the table, and what a model may know, whichever way a night takes.
+
+Every history has users and items of its own, and all of them go through the same jobs together, so
+that two nights try forty histories. The ids of the two sides are of different types.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from unlearn_spark.tables import models, receipts
+from unlearn_spark.tables.store import Store
+from unlearn_spark.unlearning import changes, frontier
+
+TAU = 2e-2
+RANK, REG_PARAM, ALPHA = 2, 0.1, 2.0
+DAY = 86_400
+
+HISTORIES = 40
+KINDS = {"text": lambda name: f"u-{name}", "integer": int}
+
+
+# --- the rules, as the README says them -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """Times are days; `user` or `item` is None where the scope has none."""
+
+    name: str
+    scope: str
+    user: object
+    item: object
+    start: int | None
+    end: int | None
+    at: int
+
+
+@dataclass
+class Reference:
+    """What the table, the requests and the receipts should be."""
+
+    stored: dict[tuple[object, object], tuple[float, int | None]] = field(default_factory=dict)
+    asked: list[Request] = field(default_factory=list)
+    receipts: dict[str, int] = field(default_factory=dict)
+    in_model: dict[tuple[object, object], float] = field(default_factory=dict)
+
+    def covers(self, request, pair, rated, *, pending):
+        """Does a request cover a rating? `pending`: it was not honoured yet."""
+        if request.scope == "reinstate" or (request.user or pair[0]) != pair[0]:
+            return False
+        if (request.item or pair[1]) != pair[1]:
+            return False
+        before = rated is None or rated <= request.at
+        if request.scope == "rating":
+            return before
+        if request.scope == "window":
+            return before and rated is not None and request.start <= rated < request.end
+        lifted = any(
+            (r.user or r.item) == (request.user or request.item) and r.at > request.at
+            for r in self.asked
+            if r.scope == "reinstate"
+        )
+        return (pending and before) if lifted else True
+
+    def ingest(self, rows):
+        """Newest of a pair wins; what a request covers is refused."""
+        for user, item, value, rated in rows:
+            pair, old = (user, item), self.stored.get((user, item))
+            if any(self.covers(r, pair, rated, pending=False) for r in self.asked):
+                continue
+            later = old is not None and (
+                rated is not None if old[1] is None else rated is not None and rated > old[1]
+            )
+            if old is None or later or (rated == old[1] and value != old[0]):
+                self.stored[pair] = (value, rated)
+
+    def remaining(self):
+        """The stored ratings that no request covers."""
+        return {
+            pair: rating
+            for pair, rating in self.stored.items()
+            if not any(
+                self.covers(r, pair, rating[1], pending=r.name not in self.receipts)
+                for r in self.asked
+            )
+        }
+
+    def train(self):
+        self.in_model = {pair: value for pair, (value, _) in self.remaining().items()}
+
+    def night(self):
+        """Honour what is pending: the table and the model are what remains."""
+        self.stored = self.remaining()
+        self.receipts |= {r.name: 0 for r in self.asked if r.scope != "reinstate"}
+        self.train()
+
+
+# --- random histories -----------------------------------------------------------------------------
+
+
+class Histories:
+    """Draws ratings and requests of many small worlds: two users and three items each."""
+
+    def __init__(self, seed, user_kind, item_kind):
+        self.random = random.Random(seed)
+        self.named = {"user": KINDS[user_kind], "item": KINDS[item_kind]}
+        self.n_requests = 0
+
+    def _id(self, side, history):
+        number = self.random.randrange(2 if side == "user" else 3)
+        return self.named[side](10 * history + number + 1)
+
+    def ratings(self, most):
+        rows = [
+            (
+                self._id("user", history),
+                self._id("item", history),
+                self.random.randrange(1, 6),
+                self.random.choice([None, *range(1, 9)]),
+            )
+            for history in range(HISTORIES)
+            for _ in range(self.random.randrange(most + 1))
+        ]
+        # Of the same pair at the same time the later line wins, which the reference's order says.
+        return rows
+
+    def requests(self, share):
+        drawn = []
+        for history in range(HISTORIES):
+            if self.random.random() > share:
+                continue
+            scope = self.random.choice(["user", "item", "rating", "window", "reinstate"])
+            user = self._id("user", history) if scope != "item" else None
+            item = self._id("item", history) if scope in ("item", "rating") else None
+            if scope == "reinstate" and self.random.random() < 0.4:
+                user, item = None, self._id("item", history)
+            start = self.random.randrange(1, 8) if scope == "window" else None
+            end = start + self.random.randrange(1, 5) if scope == "window" else None
+            self.n_requests += 1
+            name, at = f"r{self.n_requests}", self.random.randrange(1, 9)
+            drawn.append(Request(name, scope, user, item, start, end, at))
+        return drawn
+
+
+def background(named):
+    """Ratings that nobody asks about, so that the model never is of a few rows alone."""
+    draw = np.random.default_rng(0)
+    return [
+        (named["user"](1000 + u), named["item"](1000 + i), int(draw.integers(1, 6)), 1)
+        for u in range(12)
+        for i in range(8)
+        if draw.random() < 0.6
+    ]
+
+
+# --- through the jobs -----------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """The jobs on one root beside the reference."""
+
+    run_job: object
+    root: str
+    folder: object
+    sets: list[str]
+    reference: Reference
+    files: Counter = field(default_factory=Counter)
+
+    def job(self, name, *arguments, sets=()):
+        words = [word for value in (*self.sets, *sets) for word in ("--set", value)]
+        done = self.run_job(name, "--root", self.root, *words, *arguments)
+        assert done.exit_code == 0, done.stderr
+        return done.json
+
+    def _file(self, header, rows):
+        path = self.folder / f"{len(list(self.folder.glob('*.csv')))}.csv"
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([header.split(","), *rows])
+        return path
+
+    def ingest(self, rows):
+        lines = [(u, i, v, "" if t is None else t * DAY) for u, i, v, t in rows]
+        path = self._file("user_id,item_id,rating,rated_at", lines)
+        report = self.job("ingest_ratings", "--input", path, "--format", "csv")
+        parts = ("ratings_written", "superseded", "quarantined")
+        assert report["ratings_read"] == len(rows) == sum(report[part] for part in parts)
+        self.reference.ingest(rows)
+
+    def ask(self, requests):
+        seconds = [None if r.start is None else (r.start * DAY, r.end * DAY) for r in requests]
+        lines = [
+            (r.name, r.scope, r.user or "", r.item or "", *(span or ("", "")), r.at * DAY)
+            for r, span in zip(requests, seconds, strict=True)
+        ]
+        header = "request_id,scope,user_id,item_id,from_ts,to_ts,requested_at"
+        report = self.job("ingest_tombstones", "--input", self._file(header, lines))
+        assert report["accepted"] == len(requests)
+        self.reference.asked += requests
+
+
+def residuals(pairs, users, items, implicit):
+    """||A x - b|| / ||b|| of the users, one by one from the definition."""
+    gram = sum(np.outer(y, y) for y in items.values()) if implicit else 0
+    for user, x in users.items():
+        mine = {item: value for (owner, item), value in pairs.items() if owner == user}
+        matrix, b = REG_PARAM * len(mine) * np.eye(RANK) + gram, np.zeros(RANK)
+        for item, r in mine.items():
+            y = items[item]
+            matrix += (ALPHA * r if implicit else 1) * np.outer(y, y)
+            b += (1 + ALPHA * r if implicit else r) * y
+        yield np.linalg.norm(matrix @ x - b) / np.linalg.norm(b)
+
+
+def check(world, implicit, spark):
+    """What readers see is what the reference says."""
+    store, reference = Store(spark, root=world.root), world.reference
+    table = store.read("ratings").collect()
+    found = {(row.user_id, row.item_id): row.rating for row in table}
+    assert len(found) == len(table)
+    assert found == {pair: value for pair, (value, _) in reference.stored.items()}
+    model = models.published(store)
+    factors = {}
+    for side, place, rows in zip(
+        ("user", "item"), (0, 1), models.read_factors(store, model), strict=True
+    ):
+        kept = rows.collect()
+        factors[side] = {row.id: np.array(row.factors, float) for row in kept}
+        counts = Counter(pair[place] for pair in reference.in_model)
+        assert {row.id: row.n_ratings for row in kept} == counts
+    turned = {(item, user): value for (user, item), value in reference.in_model.items()}
+    for pairs, mine, others in (
+        (reference.in_model, factors["user"], factors["item"]),
+        (turned, factors["item"], factors["user"]),
+    ):
+        assert max(residuals(pairs, mine, others, implicit)) <= TAU * 1.01
+    return model
+
+
+@pytest.mark.parametrize(
+    ("user_kind", "item_kind", "implicit"),
+    [("text", "integer", False), ("integer", "text", True)],
+)
+def test_nights_keep_what_remains_and_nothing_else(
+    spark, run_job, tmp_path, monkeypatch, user_kind, item_kind, implicit
+):
+    draw = Histories(20 + implicit, user_kind, item_kind)
+    settings = {"rank": RANK, "reg_param": REG_PARAM, "alpha": ALPHA, "tol": TAU / 4}
+    settings["implicit_prefs"] = str(implicit).lower()
+    sets = [f"als.{name}={value}" for name, value in settings.items()] + [f"unlearn.tau={TAU}"]
+    world = World(run_job, str(tmp_path / "root"), tmp_path, sets, Reference())
+
+    world.ingest(background(draw.named) + draw.ratings(6))
+    world.ask(draw.requests(0.2))
+    world.job("train")
+    world.reference.train()
+    check(world, implicit, spark)
+    world.ask(draw.requests(0.6))
+    world.ingest(draw.ratings(2))
+    world.ask(draw.requests(0.6))
+    world.ingest(draw.ratings(2))
+
+    pending = {r.name for r in world.reference.asked if r.scope != "reinstate"}
+    world.reference.night()
+    ways = {"rounds": 10**9, "at once": 1}
+    for way, large in ways.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(changes, "LARGE_CHANGES", large)
+            patch.setattr(changes, "LARGE_SHARE", 0.0)
+            patch.setattr(frontier, "MOST_SWEEPS", 1e9)
+            copy = World(run_job, f"{world.root} {way}", tmp_path, sets, world.reference)
+            shutil.copytree(world.root, copy.root)
+            night = copy.job("unlearn", sets=["unlearn.max_rounds=200"])
+        assert (night["sweeps"] > 0) == (way == "at once")
+        assert night["requests"] == len(pending)
+        model = check(copy, implicit, spark)
+        store = Store(spark, root=copy.root)
+        answers = receipts.read(store, model.receipts_version).collect()
+        assert {row.request_id for row in answers} == pending
+        idle = sorted(row.request_id for row in answers if row.ratings_removed == 0)
+        assert night["requests_without_ratings"] == idle
+        assert copy.job("audit")["holds"]
+
+    # Go on from the night in rounds: a fallback in the midst of them, then one more update.
+    world.root = f"{world.root} rounds"
+    for sets in (["unlearn.max_rounds=1", f"unlearn.tau={TAU / 2}"], []):
+        world.ask(draw.requests(0.4))
+        world.ingest(draw.ratings(1))
+        world.job("update", sets=sets)
+        world.reference.night()
+        check(world, implicit, spark)
+    assert world.job("audit")["holds"]
+    world.job("recommend", "--top", "2")
+    listed = Store(spark, root=world.root).read("recommendations").select("user_id").collect()
+    assert {row.user_id for row in listed} == {user for user, _ in world.reference.in_model}
