@@ -46,6 +46,7 @@ bench: setup ## side by side with Spark MLlib and with retraining; writes benchm
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/convergence.py $(if $(wildcard $(RATINGS)),--input $(RATINGS))
+	$(BIN)/python benchmarks/memory.py $(if $(wildcard $(RATINGS)),--input $(RATINGS))
 	$(if $(wildcard $(RATINGS)),$(BIN)/python benchmarks/quality.py --input $(RATINGS),@echo 'no $(RATINGS): quality left out')
 	$(BIN)/python benchmarks/forgetting.py
 

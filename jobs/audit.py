@@ -92,6 +92,7 @@ def main(
         "ledger_holds": found.ledger_holds,
         "tombstoned_ratings_found": found.tombstoned_ratings_found,
         "tau": found.tau,
+        "floor": found.floor,
         "holds": found.holds,
         "rows": found.rows,
         "rows_without_ratings": found.rows_without_ratings,

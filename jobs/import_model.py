@@ -20,7 +20,7 @@ from unlearn_spark.tables.foreign import FORMATS
 
 if TYPE_CHECKING:
     from unlearn_spark.als.adoption import AdoptedFit
-    from unlearn_spark.config import Settings
+    from unlearn_spark.config import AlsSettings
 
 
 @job("Import factors that were trained elsewhere and publish them as a model version.")
@@ -75,8 +75,9 @@ def main(context: JobContext, path: str, form: str, converge: bool) -> dict[str,
         ),
         on_sweep=lambda report: progress(report.line()),
     )
-    rows_over_tau = adopted.rows_over(settings.unlearn.tau)
-    progress(_verdict(adopted, settings, rows_over_tau, converge))
+    tau = settings.unlearn.resolved(0.0).tau
+    rows_over_tau = adopted.rows_over(tau)
+    progress(_verdict(adopted, als, tau, rows_over_tau, converge))
     version = publishing.publish_fit(
         store,
         adopted,
@@ -103,9 +104,11 @@ def main(context: JobContext, path: str, form: str, converge: bool) -> dict[str,
     }
 
 
-def _verdict(adopted: AdoptedFit, settings: Settings, over: dict[str, int], swept: bool) -> str:
+def _verdict(
+    adopted: AdoptedFit, als: AlsSettings, tau: float, over: dict[str, int], swept: bool
+) -> str:
     """What the residuals mean for the nights to come, and what to do about it."""
-    summary, als, tau = adopted.summary, settings.als, settings.unlearn.tau
+    summary = adopted.summary
     if summary.converged:
         return f"converged: largest residual {summary.max_residual:.1e}, als.tol = {als.tol:.1e}"
     many = (

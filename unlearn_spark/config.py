@@ -51,11 +51,16 @@ class AlsSettings(_Section):
     """Precision of the solves; factors are stored as float32."""
 
 
+LEAST_TAU, ROOM = 1e-3, 4.0
+"""`unlearn.tau` unset: `ROOM` times what the model's last sweeps reached, `LEAST_TAU` at least."""
+
+
 class UnlearnSettings(_Section):
     """When a factor row is re-solved after a deletion, and when the job gives up on locality."""
 
-    tau: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    """Certificate: no row's relative residual on the retained ratings exceeds this."""
+    tau: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Certificate: no row's relative residual on the retained ratings exceeds this. None: as tight
+    as the model that the night begins with has room for."""
     lower_mark: float = Field(0.25, gt=0, le=1)
     """In explicit mode a side that is worked on is solved down to `lower_mark * tau` (hysteresis);
     whole sweeps in place of rounds go down to it in either mode."""
@@ -63,6 +68,18 @@ class UnlearnSettings(_Section):
     """Re-solve every row that itself lost a rating, or only those over tolerance."""
     max_rounds: int = Field(40, ge=1)
     """Frontier rounds before everything is swept instead."""
+
+    def resolved(self, reached: float) -> ResolvedUnlearn:
+        """These settings with a definite tau, for a model whose last sweeps ended with a largest
+        residual of `reached` (0: that is not known)."""
+        tau = max(LEAST_TAU, ROOM * reached) if self.tau is None else self.tau
+        return ResolvedUnlearn.model_validate({**self.model_dump(), "tau": tau})
+
+
+class ResolvedUnlearn(UnlearnSettings):
+    """`UnlearnSettings` of one night."""
+
+    tau: float = Field(gt=0, allow_inf_nan=False)
 
     @property
     def mark(self) -> float:

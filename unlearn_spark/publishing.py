@@ -40,6 +40,7 @@ def write_whole_model(
     store: Store,
     rows: Mapping[str, DataFrame],
     chunks: DataFrame,
+    floors: Mapping[str, float],
     more: Mapping[str, Callable[[], int]] | None = None,
 ) -> dict[str, int]:
     """Replace factors, ledger and packed ratings by those of a whole new model.
@@ -50,6 +51,8 @@ def write_whole_model(
         By side: id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm, factors.
     chunks
         Packed ratings of both sides.
+    floors
+        By side what residuals are relative to at least.
     more
         Further writes to do at the same time.
 
@@ -58,8 +61,8 @@ def write_whole_model(
     dict
         The Delta version of each table, under the names of `ModelVersion`'s fields.
     """
-    ledger = factors.ledger_rows(rows["user"], "user").unionByName(
-        factors.ledger_rows(rows["item"], "item")
+    ledger = factors.ledger_rows(rows["user"], "user", floors).unionByName(
+        factors.ledger_rows(rows["item"], "item", floors)
     )
     return together(
         {
@@ -118,9 +121,11 @@ def publish_fit(
     ConflictError
         Another job published meanwhile.
     """
-    summary, layouts = fitted.summary, fitted.encoded.layouts
+    summary, layouts, floors = fitted.summary, fitted.encoded.layouts, fitted.encoded.floors
     tau = als.tol if tau is None else tau
-    written = write_whole_model(store, fitted.rows, chunks_of(fitted.encoded), writes)
+    # A model that nobody swept here has reached nothing that later nights could be measured by.
+    reached = {"reached": summary.max_residual} if summary.sweeps else {}
+    written = write_whole_model(store, fitted.rows, chunks_of(fitted.encoded), floors, writes)
     metrics = {
         "users": summary.users,
         "items": summary.items,
@@ -153,6 +158,8 @@ def publish_fit(
                 "max_residual": summary.max_residual,
                 "holds": summary.max_residual <= tau,
                 "evidence": "scan",
+                "floor": floors,
+                **reached,
             },
             **{
                 "ratings_version": ratings_version,
@@ -204,5 +211,7 @@ def roll_back(store: Store, model_version: int) -> ModelVersion:
             # What was honoured stays honoured.
             receipts_version=head.receipts_version,
             metrics=metrics,
+            # That of a version from before it was stored follows from its kind.
+            certificate={**target.certificate, "reached": target.reached},
         ),
     )

@@ -402,6 +402,10 @@ def test_no_rows_at_all():
 def test_relative_residual_edges():
     ratio = relative_residual(np.array([0.0, 1.0, 1.0]), np.array([0.0, 0.0, 4.0]))
     assert ratio.tolist() == [0.0, np.inf, 0.25]
+    floored = relative_residual(
+        np.array([0.0, 1.0, 1.0, np.inf]), np.array([0.0, 0.0, 4.0, 0.0]), floor=2.0
+    )
+    assert floored.tolist() == [0.0, 0.5, 0.25, np.inf]
 
 
 def test_settings_that_cannot_work_are_refused(monkeypatch):

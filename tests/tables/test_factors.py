@@ -54,16 +54,18 @@ def test_a_replaced_ledger_is_one_file_a_block(spark, tmp_path):
         return spark.createDataFrame(rows, f"{names}, {norms}").repartition(3, "block")
 
     store.create(factors.LEDGER, factors.LEDGER_SPEC)
-    factors.replace_ledger(store, entries(1.0), None)
+    floors = {"user": 0.0, "item": 4.0}
+    factors.replace_ledger(store, entries(1.0), None, floors)
     assert len(files_of(store, factors.LEDGER)) == 8
     blocks = {"user": [1], "item": [0, 3]}
     near = entries(3.0).where("(side = 'user' AND block = 1) OR (side = 'item' AND block IN (0,3))")
-    version = factors.replace_ledger(store, near, blocks)
+    version = factors.replace_ledger(store, near, blocks, floors)
     assert len(files_of(store, factors.LEDGER)) == 8 + 3
     rows = store.read(factors.LEDGER, version).collect()
     assert len(rows) == 80
     for row in rows:
-        assert row["bound"] == (1.5 if row["block"] in blocks[row["side"]] else 0.5)
+        norm = 3.0 if row["block"] in blocks[row["side"]] else 1.0
+        assert row["bound"] == norm / max(2.0, floors[row["side"]])
         assert row["drift_mark"] == 0.0
 
 

@@ -30,8 +30,8 @@ IMPLICIT = AlsSettings(**SHARED, implicit_prefs=True, alpha=2.0)
 GONE = "u7"
 
 
-def dense_residual(x, others, values, als, every_other=None, nonnegative=False):
-    """||A x - b|| / ||b|| of one row with A written out: the textbook's formula."""
+def dense_residual(x, others, values, als, every_other=None, nonnegative=False, floor=0.0):
+    """||A x - b|| / max(||b||, floor) of one row with A written out: the textbook's formula."""
     m, r = np.asarray(others, np.float64), np.asarray(values, np.float64)
     if als.implicit_prefs:
         confidence, liked = als.alpha * np.abs(r), r > 0
@@ -44,7 +44,7 @@ def dense_residual(x, others, values, als, every_other=None, nonnegative=False):
     gradient = a @ np.asarray(x, np.float64) - b
     if nonnegative:
         gradient = np.where(np.asarray(x) > 0, gradient, np.minimum(gradient, 0))
-    return np.linalg.norm(gradient) / np.linalg.norm(b)
+    return np.linalg.norm(gradient) / max(np.linalg.norm(b), floor)
 
 
 # --- the arithmetic, without Spark ---------------------------------------------------------------
@@ -69,9 +69,10 @@ def records(ids, is_rating, values, vectors):
     implicit=st.booleans(),
     nonnegative=st.booleans(),
     cuts=st.lists(st.integers(0, 60), max_size=8),
+    floor=st.sampled_from([0.0, 2.0, 1e6]),
 )
 def test_streamed_residuals_equal_the_textbook_however_the_batches_are_cut(
-    seed, sizes, implicit, nonnegative, cuts
+    seed, sizes, implicit, nonnegative, cuts, floor
 ):
     rng = np.random.default_rng(seed)
     als = IMPLICIT if implicit else EXPLICIT
@@ -88,7 +89,7 @@ def test_streamed_residuals_equal_the_textbook_however_the_batches_are_cut(
         is_rating += [False] + [True] * size
         values += [None, *r]
         vectors += [x, *others[rated]]
-        expected.append(dense_residual(x, others[rated], r, als, others, nonnegative))
+        expected.append(dense_residual(x, others[rated], r, als, others, nonnegative, floor))
     wide = others.astype(np.float64)
     equations = Equations(
         RANK,
@@ -96,6 +97,7 @@ def test_streamed_residuals_equal_the_textbook_however_the_batches_are_cut(
         als.alpha if implicit else None,
         nonnegative,
         wide.T @ wide if implicit else None,
+        floor,
     )
     edges = sorted({0, len(ids), *(cut for cut in cuts if cut < len(ids))})
     whole = records(ids, is_rating, values, vectors)
@@ -179,7 +181,12 @@ def brute_force(store, model):
             if id in vectors[side]:
                 m = np.array([vectors[other][o] for o in rows[f"{other}_id"]])
                 found[side, id] = dense_residual(
-                    vectors[side][id], m, rows["rating"], model.als, every_other
+                    vectors[side][id],
+                    m,
+                    rows["rating"],
+                    model.als,
+                    every_other,
+                    floor=model.floors[side],
                 )
     return found
 
@@ -195,13 +202,16 @@ def largest(residuals):
 def test_a_trained_model_audits_clean_and_agrees_with_numpy(trained, run_job, version):
     result = run_job("audit", "--root", trained.root, "--model-version", version)
     assert result.exit_code == 0, result.stderr
-    residuals = brute_force(trained, models.published(trained, version))
+    model = models.published(trained, version)
+    residuals = brute_force(trained, model)
+    assert min(model.floors.values()) > 0
     assert result.json == {
         "model_version": version,
         "max_residual": largest(residuals),
         "ledger_holds": True,
         "tombstoned_ratings_found": 0,
         "tau": TAU,
+        "floor": model.floors,
         "holds": True,
         "rows": {"user": USERS, "item": ITEMS},
         "rows_without_ratings": 0,

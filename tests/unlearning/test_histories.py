@@ -208,8 +208,8 @@ class World:
         self.reference.asked += requests
 
 
-def residuals(pairs, users, items, implicit):
-    """||A x - b|| / ||b|| of the users, one by one from the definition."""
+def residuals(pairs, users, items, implicit, floor):
+    """||A x - b|| / max(||b||, floor) of the users, one by one from the definition."""
     gram = sum(np.outer(y, y) for y in items.values()) if implicit else 0
     for user, x in users.items():
         mine = {item: value for (owner, item), value in pairs.items() if owner == user}
@@ -218,7 +218,7 @@ def residuals(pairs, users, items, implicit):
             y = items[item]
             matrix += (ALPHA * r if implicit else 1) * np.outer(y, y)
             b += (1 + ALPHA * r if implicit else r) * y
-        yield np.linalg.norm(matrix @ x - b) / np.linalg.norm(b)
+        yield np.linalg.norm(matrix @ x - b) / max(np.linalg.norm(b), floor)
 
 
 def check(world, implicit, spark):
@@ -238,11 +238,12 @@ def check(world, implicit, spark):
         counts = Counter(pair[place] for pair in reference.in_model)
         assert {row.id: row.n_ratings for row in kept} == counts
     turned = {(item, user): value for (user, item), value in reference.in_model.items()}
-    for pairs, mine, others in (
-        (reference.in_model, factors["user"], factors["item"]),
-        (turned, factors["item"], factors["user"]),
+    for pairs, side, other in (
+        (reference.in_model, "user", "item"),
+        (turned, "item", "user"),
     ):
-        assert max(residuals(pairs, mine, others, implicit)) <= TAU * 1.01
+        floor = model.floors[side]
+        assert max(residuals(pairs, factors[side], factors[other], implicit, floor)) <= TAU * 1.01
     return model
 
 

@@ -16,6 +16,8 @@ from unlearn_spark.unlearning.pages import (
     RatingChanges,
 )
 
+FLOOR = 0.7
+
 
 def page_of(seed, n=40, n_changes=15):
     random = np.random.default_rng(seed)
@@ -66,8 +68,9 @@ def test_new_rows_must_be_solved_and_rows_that_left_are_gone():
     assert page.slots.tolist() == [4, 6, 7]
     assert page.n_ratings.tolist() == [5, 1, 2]
     assert page.chunks.tolist() == [0, 2, -1]
-    assert page.bound.tolist() == [0.25, 0.0, np.inf]
-    assert page.summary(2, tau=1e-3, mark=1e-4).over == 2
+    assert page.bound(0.0).tolist() == [0.25, 0.0, np.inf]
+    assert page.bound(2.0).tolist() == [0.125, 0.0, np.inf]
+    assert page.summary(2, tau=1e-3, mark=1e-4, floor=0.0).over == 2
 
 
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 4))
@@ -90,8 +93,8 @@ def test_pages_survive_the_way_through_spark_and_any_cut(seed, n_parts):
     parts = dict(page.split(n_parts))
     assert sum(len(part.slots) for part in parts.values()) == len(page.slots)
     assert sum(len(part.changes) for part in parts.values()) == len(page.changes)
-    whole = page.summary(8, tau=0.5, mark=0.1)
-    assert sum((part.summary(8, 0.5, 0.1) for part in parts.values()), NOTHING) == whole
+    whole = page.summary(8, tau=0.5, mark=0.1, floor=FLOOR)
+    assert sum((part.summary(8, 0.5, 0.1, FLOOR) for part in parts.values()), NOTHING) == whole
 
 
 @given(st.integers(0, 10_000))
@@ -109,7 +112,7 @@ def test_pushes_add_up_in_any_order_and_what_is_not_here_is_left_alone(seed):
     order = random.permutation(60)
     same(pushed, page.pushed(slots[order], gradient[order], b[order], drift=0.25))
     forced = page.pushed(slots, gradient, b, force=True)
-    assert np.array_equal(np.isinf(forced.bound), np.isin(page.slots, slots))
+    assert np.array_equal(np.isinf(forced.bound(FLOOR)), np.isin(page.slots, slots))
 
 
 def test_what_a_round_saw_replaces_bounds_and_is_remembered():
@@ -124,15 +127,25 @@ def test_what_a_round_saw_replaces_bounds_and_is_remembered():
     later = after.looked_at(page.slots[:1], {n: v[:1] for n, v in norms.items()}, solved[1:], False)
     assert not later.looked.any()
     assert np.flatnonzero(later.solved).tolist() == [5]
-    assert np.array_equal(after.chosen("either", 1e9, 1e9), after.looked)
-    assert np.array_equal(after.chosen("either", 0.5, 0.2), after.looked | (after.bound > 0.2))
-    over = after.chosen("over", 0.5, 0.2)
-    assert np.array_equal(over, after.bound > 0.5)
-    summary = after.summary(4, tau=0.5, mark=0.2)
+    bound = after.bound(FLOOR)
+    assert np.array_equal(after.chosen("either", 1e9, 1e9, FLOOR), after.looked)
+    assert np.array_equal(after.chosen("either", 0.5, 0.2, FLOOR), after.looked | (bound > 0.2))
+    over = after.chosen("over", 0.5, 0.2, FLOOR)
+    assert np.array_equal(over, bound > 0.5)
+    summary = after.summary(4, tau=0.5, mark=0.2, floor=FLOOR)
     assert summary.ratings["over"] == page.n_ratings[over].sum()
     stored = over & (page.chunks >= 0)
     assert summary.chunks["over"] == set(page.chunks[stored].tolist())
     assert summary.solved_blocks == {int(page.slots[5] % 4)}
+
+
+def test_a_floor_in_place_of_a_smaller_right_hand_side():
+    page = page_of(4)
+    largest = np.maximum(page.b_norm, FLOOR)
+    np.testing.assert_allclose(page.bound(FLOOR), page.gradient_norm / largest, rtol=1e-15)
+    vanished = page.pushed(page.slots, np.zeros(len(page.slots)), np.full(len(page.slots), 1e9))
+    assert vanished.b_norm.tolist() == [0.0] * len(page.slots)
+    np.testing.assert_allclose(vanished.bound(FLOOR), page.gradient_norm / FLOOR, rtol=1e-15)
 
 
 def test_too_many_chunks_are_not_listed():
@@ -141,9 +154,9 @@ def test_too_many_chunks_are_not_listed():
     stored = {"slots": slots, "chunks": chunks, "n_ratings": np.ones(n, np.int32)}
     stored |= {name: np.ones(n) for name in ("gradient_norm", "b_norm", "factor_norm")}
     page = Page.opened(stored, rows_of(), NO_CHANGES)
-    assert page.summary(1, 0.5, 0.5).chunks["over"] is None
+    assert page.summary(1, 0.5, 0.5, 0.0).chunks["over"] is None
     halves = [page.of(slots < n // 2), page.of(slots >= n // 2)]
-    each = [half.summary(1, 0.5, 0.5) for half in halves]
+    each = [half.summary(1, 0.5, 0.5, 0.0) for half in halves]
     assert all(summary.chunks["over"] is not None for summary in each)
     assert (each[0] + each[1]).chunks["over"] is None
     assert set(each[0].ratings) == set(CHOICES)

@@ -38,7 +38,7 @@ def patch_of(dense, factors, chosen, known=None):
         block = ratings_of(dense, side, chosen[side])
         slots = np.arange(SIZES[side], dtype=np.int32) if known is None else known[side]
         forced = np.zeros(block.n_rows, np.bool_)
-        sides[side] = PatchSide(slots, factors[side][slots], block, forced)
+        sides[side] = PatchSide(slots, factors[side][slots], block, forced, floor=0.0)
     return sides
 
 

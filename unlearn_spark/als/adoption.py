@@ -35,6 +35,7 @@ from unlearn_spark.als.training import (
     largest_residual,
     solver_of,
     starting_rows,
+    with_bounds,
 )
 from unlearn_spark.errors import InputError
 
@@ -52,8 +53,8 @@ class AdoptedFit(FitResult):
     ----------
     residual_before
         Largest relative residual as the factors came, over all rows of both sides; those that
-        came without factors count with the ones they start from. Infinite where ratings ask for
-        a zero row (b = 0) and it is not one.
+        came without factors count with the ones they start from. Infinite where no rating of the
+        table asks for anything but zero (both floors are 0) and a row is not zero.
     without_factors
         By side: rated ids that came without factors.
     without_ratings
@@ -66,8 +67,9 @@ class AdoptedFit(FitResult):
 
     def rows_over(self, tolerance: float) -> dict[str, int]:
         """By side: rows whose relative residual exceeds a tolerance."""
-        over = F.count_if(F.col("gradient_norm") > tolerance * F.col("b_norm"))
-        return {side: counts[0] for side, counts in aggregates_of(self.rows, over).items()}
+        bounded = with_bounds(self.rows, self.encoded.floors)
+        over = F.count_if(F.col("bound") > tolerance)
+        return {side: counts[0] for side, counts in aggregates_of(bounded, over).items()}
 
 
 def adopt_factors(
@@ -104,7 +106,7 @@ def adopt_factors(
     InputError
         There are no ratings; a rated id has no factors and `converge` is not set; no id of a side
         occurs in the ratings; factors are negative although `als.nonnegative` is set; or, without
-        `converge`, a row is not zero although its ratings ask for zero.
+        `converge`, a row is not zero although all ratings of the table ask for zero.
     """
     started = time.perf_counter()
     encoded = encode_ratings(ratings, als, execution)
@@ -114,7 +116,7 @@ def adopt_factors(
 
     parts = {side: _starting_parts(encoded, als, side, given[side]).persist() for side in SIDES}
     rows = finish_rows(encoded, als, parts)
-    before = largest_residual(rows)
+    before = largest_residual(rows, encoded.floors)
     if on_scan is not None:
         on_scan(before)
     reports: list[SweepReport] = []
@@ -126,14 +128,14 @@ def adopt_factors(
         iterate = parts[encoded.anchor].withColumn("history", F.col("factors"))
         anchor, other, converged = sweeper.run(iterate)
         rows = sweeper.finish(anchor, other)
-        worst = largest_residual(rows)
+        worst = largest_residual(rows, encoded.floors)
         sweeper.release()
         objective = reports[-1].objective
     else:
         if math.isinf(before):
             raise InputError(
-                "rows whose ratings are all zero (or, with als.implicit_prefs, none positive) "
-                "have factors that are not zero; check als.implicit_prefs, or run with --converge"
+                "the ratings are all zero (or, with als.implicit_prefs, none positive) and the "
+                "factors are not; check als.implicit_prefs, or run with --converge"
             )
         worst, converged = before, before <= als.tol
         objective = _objective(encoded, als, parts)
@@ -227,5 +229,6 @@ def _objective(encoded: Encoded, als: AlsSettings, parts: dict[str, DataFrame]) 
         parts[other],
         encoded.layouts[other].n_slots,
         parts[side].select("part", "slots", F.col("factors").alias("history")),
+        encoded.floors[side],
     )
     return objective_of(state.select("quadratic", "penalty").collect())

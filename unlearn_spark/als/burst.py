@@ -44,10 +44,12 @@ GOING_ON, CONVERGED, CAPPED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop: sweeps left, residual, and seconds of a burst."""
+    """When to stop: sweeps left, residual and the anchor's floor of it (`kernel.floor_of`), and
+    seconds of a burst."""
 
     sweeps: int
     tol: float
+    floor: float
     seconds: float = BURST_SECONDS
 
 
@@ -104,6 +106,7 @@ def sweep_in_memory(
             anchor,
             _seen(solver, other.slots, x, n_slots[1], solver.penalty(other, x)),
             stack,
+            limits.floor,
         )
         objective = found.quadratic + found.penalty
         reports.append((objective, found.worst, time.perf_counter() - started))

@@ -294,7 +294,7 @@ class ALS(Estimator["ALSModel"], _FitParams, MLWritable, DefaultParamsReadable["
     maxIter
         Most sweeps; each is accelerated, and they end early at `tol`.
     tol
-        Largest relative residual `|A x - b| / |b|` of a factor row that counts as converged.
+        Largest relative residual of a factor row that counts as converged.
     numUserBlocks, numItemBlocks
         How the work is cut; the start does not depend on it.
     blockSize

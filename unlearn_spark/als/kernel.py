@@ -23,6 +23,7 @@ NumPy and SciPy alone; Spark is not known here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +38,9 @@ from unlearn_spark.errors import SettingsError
 
 SCRATCH_BYTES = 16 << 20
 """Largest scratch array. A few of them live at a time, whatever the sizes of the rows."""
+
+FLOOR_SHARE = 1e-3
+"""Of a side's typical right-hand side: rows whose own is smaller are judged by this."""
 
 DUAL_ERROR = 2e-6
 """Rounding error of a dual system, relative to its right-hand side, above which float64 is used."""
@@ -270,12 +274,63 @@ def row_residuals(
 
 
 def relative_residual(
-    gradient_norm: NDArray[np.float64], b_norm: NDArray[np.float64]
+    gradient_norm: NDArray[np.float64], b_norm: NDArray[np.float64], floor: float = 0.0
 ) -> NDArray[np.float64]:
-    """``||A x - b|| / ||b||`` by row: 0 where both are 0, inf where b alone is 0."""
-    g, b = np.asarray(gradient_norm, np.float64), np.asarray(b_norm, np.float64)
+    """``||A x - b|| / max(||b||, floor)`` by row: 0 where the numerator is 0, inf where the
+    denominator alone is.
+
+    A row that vanishes from the model has both norms fall together, sweep after sweep, so that
+    their plain ratio never does. The `floor` (`floor_of`) is what such a row is measured by.
+    """
+    g = np.asarray(gradient_norm, np.float64)
+    denominator = np.maximum(np.asarray(b_norm, np.float64), floor)
     answer = np.where(g > 0, np.inf, 0.0)
-    return np.divide(g, b, out=answer, where=b > 0)
+    return np.divide(g, denominator, out=answer, where=denominator > 0)
+
+
+def target_magnitudes(
+    indptr: NDArray[np.int64], values: NDArray[np.float32], objective: Objective
+) -> Counter[int]:
+    """How many rows have right-hand sides of which magnitude, whatever their neighbours are.
+
+    A row with targets ``d`` has ``b = M' d``, about as long as ``||d||`` times a neighbour. Factors
+    whose products are the targets are about the root of these: of a row's root mean square target
+    in explicit mode, and of 1 in implicit mode, where they approximate a preference in {0, 1}.
+
+    Parameters
+    ----------
+    indptr, values
+        Ratings, compressed by row, as for `solve_rows`.
+
+    Returns
+    -------
+    Counter
+        Rows by the binary exponent e of their magnitude, which is in [2^e, 2^(e + 1)), without
+        those that have no target but 0. Counts of a side's parts add up to those of the side.
+    """
+    d = objective.confidences(values.astype(np.float64))[1]
+    counts = np.diff(indptr)
+    filled = counts > 0
+    squares = np.add.reduceat(d * d, indptr[:-1][filled]) if filled.any() else np.zeros(0)
+    magnitudes = np.sqrt(squares)
+    if not objective.implicit_prefs:
+        magnitudes = magnitudes * np.sqrt(np.sqrt(squares / counts[filled]))
+    _, exponents = np.frexp(magnitudes[magnitudes > 0])
+    found, rows = np.unique(exponents - 1, return_counts=True)
+    return Counter(dict(zip(found.tolist(), rows.tolist(), strict=True)))
+
+
+def floor_of(magnitudes: Counter[int]) -> float:
+    """The least denominator of a side's residuals: `FLOOR_SHARE` of the median magnitude
+    (`target_magnitudes`), which is rounded down to a power of two; 0 where there is no row.
+
+    It comes from counts alone, so that partitions and orders of summation do not show in it.
+    """
+    rows = np.array([magnitudes[exponent] for exponent in sorted(magnitudes)])
+    if not rows.sum():
+        return 0.0
+    median = sorted(magnitudes)[int(np.searchsorted(rows.cumsum(), rows.sum() / 2))]
+    return FLOOR_SHARE * 2.0**median
 
 
 def _problem(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyspark import SparkFiles
 
-from unlearn_spark.als.blocks import RatingBlock
+from unlearn_spark.als.blocks import SIDES, RatingBlock
+from unlearn_spark.als.kernel import Objective, floor_of, target_magnitudes
 from unlearn_spark.als.spark import arrays_of, binary_table, part_of
 
 if TYPE_CHECKING:
@@ -95,8 +96,9 @@ def _directory(token: str) -> Path:
     return Path(SparkFiles.getRootDirectory()) / f"unlearn-spark-{token}"
 
 
-def keep(entries: DataFrame, token: str) -> None:
-    """Leave the parts of both sides on the machines on which Spark has them in its cache.
+def keep(entries: DataFrame, token: str | None, objective: Objective) -> dict[str, float]:
+    """Leave the parts of both sides on the machines on which Spark has them in its cache, and
+    measure what their residuals are relative to at least.
 
     A pass over the partitions of the cache; to group them by part, Spark would sort the ratings in
     the JVM, which took more memory there than all else.
@@ -105,6 +107,13 @@ def keep(entries: DataFrame, token: str) -> None:
     ----------
     entries
         What `encoding.encode` made, cached.
+    token
+        Names the training; None: parts are measured alone.
+
+    Returns
+    -------
+    dict
+        By side `kernel.floor_of` its rows.
     """
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
@@ -114,10 +123,21 @@ def keep(entries: DataFrame, token: str) -> None:
                 pieces[row["side"], row["part"]].append(row)
         while pieces:  # of a partition, mostly one part
             (side, part), rows = pieces.popitem()
-            PartReader(token, side).keep(part, RatingBlock.from_pieces(rows))
-            yield binary_table([{"part": part}]).to_batches()[0]
+            block = RatingBlock.from_pieces(rows)
+            PartReader(token, side).keep(part, block)
+            magnitudes = target_magnitudes(block.indptr, block.values, objective)
+            yield pa.RecordBatch.from_pydict(
+                {
+                    "side": pa.array([side] * len(magnitudes), pa.string()),
+                    "magnitude": pa.array(magnitudes.keys(), pa.int32()),
+                    "n_rows": pa.array(magnitudes.values(), pa.int64()),
+                }
+            )
 
-    entries.mapInArrow(write, "part int").count()
+    found: dict[str, Counter[int]] = {side: Counter() for side in SIDES}
+    for row in entries.mapInArrow(write, "side string, magnitude int, n_rows long").collect():
+        found[row["side"]][row["magnitude"]] += row["n_rows"]
+    return {side: floor_of(magnitudes) for side, magnitudes in found.items()}
 
 
 def drop(parts: Sequence[DataFrame], token: str) -> None:

@@ -183,13 +183,18 @@ class AnchorSweep:
 
 
 def solve_anchor(
-    solver: Solver, ratings: RatingBlock, seen: OtherSide, stack: NDArray[np.float32]
+    solver: Solver,
+    ratings: RatingBlock,
+    seen: OtherSide,
+    stack: NDArray[np.float32],
+    floor: float,
 ) -> AnchorSweep:
-    """Solve the anchor's rows; `stack` float32 (1 + 2h, n, rank) is y and the earlier history."""
+    """Solve the anchor's rows; `stack` float32 (1 + 2h, n, rank) is y and the earlier history, and
+    `floor` is what the anchor's residuals are relative to at least."""
     y, past = stack[0], stack[1:]
     solved = solver.solve(ratings, seen, y)
     history = np.concatenate([solved.factors[None], (solved.factors - y)[None], past])
-    worst = relative_residual(solved.gradient_norm, solved.b_norm)
+    worst = relative_residual(solved.gradient_norm, solved.b_norm, floor)
     return AnchorSweep(
         history,
         solver.constant(ratings) + solved.quadratic,

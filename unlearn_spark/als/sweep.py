@@ -141,11 +141,13 @@ def sweep_anchor(
     other: DataFrame,
     other_slots: int,
     iterate: DataFrame,
+    floor: float,
     reader: PartReader = SENT,
 ) -> DataFrame:
     """The anchor's next state (`STATE_SCHEMA`) from its iterate and the other side's factors.
 
-    `iterate` is what `next_iterate` made: y and the history that stays, stacked.
+    `iterate` is what `next_iterate` made: y and the history that stays, stacked. `floor` is the
+    anchor's (`kernel.floor_of`).
     """
     messages = deliver(layout, other, iterate, stack="history")
 
@@ -158,7 +160,7 @@ def sweep_anchor(
         received = arrays_of(right)
         seen = OtherSide.from_messages(received, solver.rank, other_slots)
         stack = joined_stack([message for message in received if message["own"]], solver.rank)
-        found = solve_anchor(solver, ratings, seen, stack)
+        found = solve_anchor(solver, ratings, seen, stack, floor)
         return pieces_table(state_rows(part, ratings.slots, found, seen.missing))
 
     return parts.groupBy("key").cogroup(messages.groupBy("key")).applyInArrow(solve, STATE_SCHEMA)

@@ -6,7 +6,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class SweepReport:
     objective
         Of the anchor's iterate with the other side solved exactly for it.
     max_residual
-        Largest relative residual over all rows of both sides.
+        Largest relative residual over all rows of both sides (`kernel.relative_residual`).
     seconds
         Wall clock of this sweep.
     eta
@@ -150,6 +150,8 @@ class Encoded:
         hand on two of them, and a sweep that sends no ratings wants these.
     n_ratings
         Over all.
+    floors
+        By side what residuals are relative to at least (`kernel.floor_of`).
     held
         The caches on which these frames stand.
     token
@@ -161,6 +163,7 @@ class Encoded:
     parts: dict[str, DataFrame]
     places: dict[str, DataFrame]
     n_ratings: int
+    floors: dict[str, float]
     held: list[DataFrame]
     token: str
 
@@ -294,12 +297,11 @@ def _encode(ratings: DataFrame, settings: AlsSettings, execution: ExecutionSetti
     placed.count()
     fragments.unpersist()
     token = uuid.uuid4().hex
-    if not together:
-        keep(entries, token)
+    floors = keep(entries, None if together else token, solver_of(settings).objective)
     parts = {side: encoding.entries_of(entries, side) for side in SIDES}
     places = {side: encoding.entries_of(placed, side) for side in SIDES}
     held = [placed, entries, *numbered.values()]
-    return Encoded(layouts, dictionaries, parts, places, n_ratings, held, token)
+    return Encoded(layouts, dictionaries, parts, places, n_ratings, floors, held, token)
 
 
 def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str, tuple[Any, ...]]:
@@ -413,7 +415,14 @@ class Sweeper:
         ).persist()
         parts, reader = encoded.ratings_of(side, sent)
         swept = sweep_anchor(
-            solver, parts, layouts[side], other, layouts[against].n_slots, iterate, reader
+            solver,
+            parts,
+            layouts[side],
+            other,
+            layouts[against].n_slots,
+            iterate,
+            encoded.floors[side],
+            reader,
         )
         state = materialise(swept, self.execution.checkpoint)
         self.held += [other, state]
@@ -426,9 +435,11 @@ class Sweeper:
         parts = (encoded.parts[sides[0]], encoded.parts[sides[1]])
         layouts = (encoded.layouts[sides[0]], encoded.layouts[sides[1]])
         accelerator = Accelerator(self.settings.memory)
+        floor = encoded.floors[encoded.anchor]
         state = iterate
         while True:
-            limits = Limits(self.settings.max_sweeps - len(self.reports), self.settings.tol)
+            left = self.settings.max_sweeps - len(self.reports)
+            limits = Limits(left, self.settings.tol, floor)
             state = materialise(
                 burst(solver, parts, layouts, state, accelerator, limits),
                 self.execution.checkpoint,
@@ -507,6 +518,7 @@ def fit_factors(
     execution: ExecutionSettings | None = None,
     *,
     warm_start: tuple[DataFrame, DataFrame] | None = None,
+    floors: dict[str, float] | None = None,
     on_sweep: Callable[[SweepReport], None] | None = None,
 ) -> FitResult:
     """Fit user and item factors.
@@ -519,6 +531,8 @@ def fit_factors(
         See `unlearn_spark.config`.
     warm_start
         User and item factors (id, factors) of an earlier model.
+    floors
+        By side what residuals are relative to at least; None: as these ratings ask for.
     on_sweep
         Called after every sweep.
 
@@ -537,12 +551,14 @@ def fit_factors(
                 "set them equal"
             )
     encoded = encode_ratings(ratings, settings, execution)
+    if floors is not None:
+        encoded = replace(encoded, floors=floors)
     encode_seconds = time.perf_counter() - started
     warm = None if warm_start is None else warm_start[SIDES.index(encoded.anchor)]
     sweeper = Sweeper(encoded, settings, execution, on_sweep)
     anchor, other, converged = sweeper.run(start_iterate(encoded, settings, warm))
     rows = sweeper.finish(anchor, other)
-    worst = largest_residual(rows)
+    worst = largest_residual(rows, encoded.floors)
     reports = sweeper.reports
     summary = TrainingSummary.of(
         encoded, reports, converged, reports[-1].objective, worst, started, encode_seconds
@@ -551,8 +567,16 @@ def fit_factors(
     return FitResult(rows, encoded, summary)
 
 
-def largest_residual(rows: dict[str, DataFrame]) -> float:
-    """max ||A x - b|| / ||b|| over the rows of both sides, which have gradient_norm and b_norm;
-    b = 0 asks for g = 0."""
-    found = aggregates_of(rows, F.coalesce(F.max(bound_expression()), F.lit(0.0)))
+def with_bounds(rows: dict[str, DataFrame], floors: dict[str, float]) -> dict[str, DataFrame]:
+    """The rows of both sides, which have gradient_norm and b_norm, with their residual `bound`."""
+    return {
+        side: frame.withColumn("bound", bound_expression(F.lit(floors[side])))
+        for side, frame in rows.items()
+    }
+
+
+def largest_residual(rows: dict[str, DataFrame], floors: dict[str, float]) -> float:
+    """The largest over the rows of both sides, which have gradient_norm and b_norm."""
+    bounded = with_bounds(rows, floors)
+    found = aggregates_of(bounded, F.coalesce(F.max("bound"), F.lit(0.0)))
     return float(np.max([found[side][0] for side in SIDES]))  # NaN wins, as in Spark

@@ -33,7 +33,7 @@ from unlearn_spark.tables.store import TableSpec, outdated
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from pyspark.sql import DataFrame
+    from pyspark.sql import Column, DataFrame
 
     from unlearn_spark.tables.store import Store
 
@@ -86,9 +86,10 @@ LEDGER_SPEC = TableSpec(
     partition_by=("side", "block"),
     skipping=("slot",),
 )
-"""bound >= ||A x - b|| / ||b|| of the row. `gradient_norm` is an upper bound of the numerator,
-`b_norm` a lower bound of the denominator. `drift_mark` is the drift of the other side's Gram matrix
-that the entry does not contain yet; jobs fold all of it in, so it is 0."""
+"""bound >= ||A x - b|| / max(||b||, floor) of the row, with its side's floor (`kernel.floor_of`).
+`gradient_norm` is an upper bound of the numerator, `b_norm` a lower bound of ||b||. `drift_mark` is
+the drift of the other side's Gram matrix that the entry does not contain yet; jobs fold all of it
+in, so it is 0."""
 
 RATING_BLOCKS_SPEC = TableSpec(
     _fields(
@@ -122,9 +123,9 @@ RATING_CHANGES_SPEC = TableSpec(
 it. Ratings of a night are few; packing them anew would rewrite every block they touch."""
 
 
-def bound_expression(gradient_norm: str = "gradient_norm", b_norm: str = "b_norm") -> F.Column:
-    """gradient / b, 0 where both are 0, infinite where only b is."""
-    g, b = F.col(gradient_norm), F.col(b_norm)
+def bound_expression(floor: Column) -> Column:
+    """`kernel.relative_residual` of the columns gradient_norm and b_norm."""
+    g, b = F.col("gradient_norm"), F.greatest("b_norm", floor)
     return F.when(b > 0, g / b).otherwise(F.when(g > 0, F.lit(float("inf"))).otherwise(F.lit(0.0)))
 
 
@@ -163,16 +164,17 @@ def replace_factor_blocks(
     return store.replace_where(factor_table(side), rows, in_blocks(blocks))
 
 
-def _with_bounds(entries: DataFrame) -> DataFrame:
+def _with_bounds(entries: DataFrame, floors: Mapping[str, float]) -> DataFrame:
     """Entries (side, id, block, slot, chunk, n_ratings and the norms) as the ledger has them."""
-    computed = {"bound": bound_expression(), "drift_mark": F.lit(0.0)}
+    floor = F.when(F.col("side") == "user", floors["user"]).otherwise(floors["item"])
+    computed = {"bound": bound_expression(floor), "drift_mark": F.lit(0.0)}
     return entries.withColumns(computed).select(*LEDGER_SPEC.schema.names)
 
 
-def ledger_rows(rows: DataFrame, side: str) -> DataFrame:
-    """Ledger entries of freshly scanned factor rows."""
+def ledger_rows(rows: DataFrame, side: str, floors: Mapping[str, float]) -> DataFrame:
+    """Ledger entries of freshly scanned factor rows of a side."""
     id = F.col("id").cast("string")
-    return _with_bounds(rows.withColumns({"side": F.lit(side), "id": id}))
+    return _with_bounds(rows.withColumns({"side": F.lit(side), "id": id}), floors)
 
 
 def write_ledger(store: Store, rows: DataFrame) -> int:
@@ -196,7 +198,10 @@ def read_ledger(store: Store, version: int | None) -> DataFrame:
 
 
 def replace_ledger(
-    store: Store, entries: DataFrame, blocks: Mapping[str, Collection[int]] | None
+    store: Store,
+    entries: DataFrame,
+    blocks: Mapping[str, Collection[int]] | None,
+    floors: Mapping[str, float],
 ) -> int:
     """Replace the entries of the named blocks of each side, or (None) all.
 
@@ -205,8 +210,10 @@ def replace_ledger(
     entries
         side, id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm; all of a block
         in one partition, so that none is moved to make one file a block.
+    floors
+        By side what the model's residuals are relative to at least.
     """
-    rows = _with_bounds(entries).sortWithinPartitions("side", "block", "slot")
+    rows = _with_bounds(entries, floors).sortWithinPartitions("side", "block", "slot")
     if blocks is None:
         return store.overwrite(LEDGER, rows)
     return store.replace_where(LEDGER, rows, in_blocks_of_sides(blocks))

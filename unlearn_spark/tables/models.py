@@ -8,6 +8,7 @@ consistent state whatever is being written meanwhile, and a job that died half-w
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType, StringType, StructField, StructType, TimestampType
 
+from unlearn_spark.als.blocks import SIDES
 from unlearn_spark.config import AlsSettings
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables.store import TableSpec
@@ -69,8 +71,11 @@ class ModelVersion:
         The newest ingestion whose ratings the model has seen.
     settings
         `als`: the training settings; `layouts`: blocks and slots of both sides.
-    metrics, certificate
-        Figures of the job, and what is promised of every row.
+    metrics
+        Figures of the job.
+    certificate
+        What is promised of every row: its residual, `max_residual` or less, to be compared with
+        `tau`; the `evidence` (scan, ledger); `holds`; `floor`; `reached`.
     """
 
     model_version: int
@@ -100,6 +105,23 @@ class ModelVersion:
     def training_sweeps(self) -> int:
         """Sweeps of the training that it descends from; 0 where that is not known."""
         return int(self.metrics.get("training_sweeps", self.metrics.get("sweeps", 0)))
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """By side what residuals are relative to at least (`kernel.floor_of`), as when it was
+        trained; 0 for models from before there were floors."""
+        stored = self.certificate.get("floor", {})
+        return {side: float(stored.get(side, 0.0)) for side in SIDES}
+
+    @property
+    def reached(self) -> float:
+        """The largest residual that the last training or whole sweeps ended with; 0 where there
+        were none, or that is not known or not finite."""
+        reached = self.certificate.get("reached")
+        if reached is None:  # from before it was stored
+            swept = self.kind != "import" and self.certificate.get("evidence") == "scan"
+            reached = self.certificate["max_residual"] if swept else 0.0
+        return float(reached) if math.isfinite(reached) else 0.0
 
     @classmethod
     def from_row(cls, row: Row) -> ModelVersion:

@@ -1,9 +1,10 @@
 """Checks of a published model's certificate that trust nothing which the model's jobs computed.
 
 Ratings, factors, ledger, tombstones and receipts are read at the versions that the models row
-names. Every row's residual ||A x - b|| / ||b|| is summed anew in float64 from the ratings table and
-the factor tables: neither the packed ratings nor any code of the solvers or of the ledger is used,
-so that a mistake in one of them cannot hide itself here.
+names. Every row's residual ||A x - b|| / max(||b||, floor) is summed anew in float64 from the
+ratings table and the factor tables: neither the packed ratings nor any code of the solvers or of
+the ledger is used, so that a mistake in one of them cannot hide itself here. The floor is the one
+that the certificate names.
 
 The equations are those of weighted-lambda ALS (Zhou et al. 2008, section 3) and, for implicit
 preferences, of Hu, Koren and Volinsky (2008, equation 4), with lambda scaled by the row's count of
@@ -29,7 +30,6 @@ from unlearn_spark.unlearning import requests
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-    from unlearn_spark.config import AlsSettings
     from unlearn_spark.tables.models import ModelVersion
     from unlearn_spark.tables.store import Store
 
@@ -53,7 +53,9 @@ class Audit:
         The version, and the residual that its certificate promises not to exceed.
     max_residual
         Largest relative residual by side; infinite where a row has no usable vector, or solves
-        something while its right-hand side is 0.
+        something while its right-hand side and its side's floor are 0.
+    floor
+        By side what the certificate's residuals are relative to at least.
     rows
         Factor rows by side.
     ledger_below, ledger_missing, ledger_extra
@@ -70,6 +72,7 @@ class Audit:
     model_version: int
     tau: float
     max_residual: dict[str, float]
+    floor: dict[str, float]
     rows: dict[str, int]
     ledger_below: int
     ledger_missing: int
@@ -123,7 +126,7 @@ def audit(store: Store, model: ModelVersion) -> Audit:
     )
     usable = dict(zip(OTHER, models.read_factors(store, model), strict=True))
     usable = {side: _usable(rows, model.als.rank) for side, rows in usable.items()}
-    scanned = [_residuals(retained, usable, side, model.als) for side in OTHER]
+    scanned = [_residuals(retained, usable, side, model) for side in OTHER]
     ledger = store.read(factors.LEDGER, model.ledger_version)
     found = _compare(scanned[0].unionByName(scanned[1]), ledger)
 
@@ -137,6 +140,7 @@ def audit(store: Store, model: ModelVersion) -> Audit:
         model_version=model.model_version,
         tau=float(model.certificate["tau"]),
         max_residual=of_side("max_residual", 0.0),
+        floor=model.floors,
         rows=of_side("rows", 0),
         ledger_below=total("ledger_below"),
         ledger_missing=total("ledger_missing"),
@@ -164,13 +168,14 @@ def _usable(rows: DataFrame, rank: int) -> DataFrame:
 
 
 def _residuals(
-    retained: DataFrame, usable: dict[str, DataFrame], side: str, als: AlsSettings
+    retained: DataFrame, usable: dict[str, DataFrame], side: str, model: ModelVersion
 ) -> DataFrame:
     """Every row of one side, and every id of its ratings that has no row: side and `_ROW_SCHEMA`.
 
     `copies` is the number of factor rows of the id, `unmatched` how many of its `n_ratings` lack a
     usable row on either side.
     """
+    als = model.als
     others = usable[OTHER[side]].withColumnRenamed("id", f"{OTHER[side]}_id")
     rated = retained.join(others, f"{OTHER[side]}_id", "left").select(
         F.col(f"{side}_id").alias("id"), F.lit(True).alias("is_rating"), "rating", "vector"
@@ -190,7 +195,12 @@ def _residuals(
     )
     gram = _gram(usable[OTHER[side]], als.rank) if als.implicit_prefs else None
     equations = Equations(
-        als.rank, als.reg_param, als.alpha if als.implicit_prefs else None, als.nonnegative, gram
+        als.rank,
+        als.reg_param,
+        als.alpha if als.implicit_prefs else None,
+        als.nonnegative,
+        gram,
+        model.floors[side],
     )
     return records.mapInArrow(equations.scan, _ROW_SCHEMA).withColumn("side", F.lit(side))
 
@@ -273,6 +283,8 @@ class Equations:
         Of implicit preferences; None for explicit ratings.
     gram : float64 (rank, rank)
         Y'Y of the other side; None for explicit ratings.
+    floor
+        What the residuals are relative to at least.
     """
 
     rank: int
@@ -280,6 +292,7 @@ class Equations:
     alpha: float | None = None
     nonnegative: bool = False
     gram: NDArray[np.float64] | None = field(default=None, repr=False)
+    floor: float = 0.0
 
     def scan(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """One result per id from records that are sorted by (id, is_rating).
@@ -348,9 +361,9 @@ class Equations:
             row.penalised += int(np.count_nonzero(r > 0))
 
     def residual(self, row: _Row) -> float:
-        """||A x - b|| / ||b||, projected where factors are held at or above 0.
+        """||A x - b|| / max(||b||, floor), projected where factors are held at or above 0.
 
-        0 where both norms are 0; infinite where only ||b|| is, or where x is not usable.
+        0 where the numerator is 0; infinite where only the denominator is, or x is not usable.
         """
         if row.x is None or row.copies != 1:
             return math.inf
@@ -365,6 +378,7 @@ class Equations:
         numerator, denominator = float(np.linalg.norm(gradient)), float(np.linalg.norm(row.b))
         if not (math.isfinite(numerator) and math.isfinite(denominator)):
             return math.inf
+        denominator = max(denominator, self.floor)
         if denominator == 0:
             return math.inf if numerator > 0 else 0.0
         return numerator / denominator

@@ -27,7 +27,7 @@ from unlearn_spark.als.blocks import (
 from unlearn_spark.als.solver import cut_stack
 from unlearn_spark.als.spark import arrays_of, list_column, matrix_of, pieces_table
 from unlearn_spark.unlearning.ledger import rating_terms
-from unlearn_spark.unlearning.pages import COLUMNS, Page, Paging, RatingChanges
+from unlearn_spark.unlearning.pages import COLUMNS, Page, Paging, RatingChanges, Summary
 from unlearn_spark.unlearning.patch import PatchSide, SettledSide, places_among, settle
 
 if TYPE_CHECKING:
@@ -108,16 +108,26 @@ ENTRIES_AT_A_TIME = 10_000
 
 @dataclass(frozen=True)
 class Levels:
-    """What rows are chosen by: blocks of each side, tau and the mark."""
+    """What rows are chosen by: blocks of each side, tau and the mark, and the floor of each side's
+    residuals."""
 
     n_blocks: dict[str, int]
     tau: float
     mark: float
+    floors: dict[str, float]
+
+    def chosen(self, page: Page, side: str, choice: str) -> NDArray[np.bool_]:
+        """Which rows of a page of this side a choice means."""
+        return page.chosen(choice, self.tau, self.mark, self.floors[side])
+
+    def summary(self, page: Page, side: str) -> Summary:
+        """How a page of this side stands."""
+        return page.summary(self.n_blocks[side], self.tau, self.mark, self.floors[side])
 
 
 def _page_row(side: str, number: int, page: Page, ids: Any, levels: Levels) -> dict[str, Any]:
     """A row of `PAGES`."""
-    summary = pickle.dumps(page.summary(levels.n_blocks[side], levels.tau, levels.mark))
+    summary = pickle.dumps(levels.summary(page, side))
     return {"side": side, "page": number, **page.to_binary(), "ids": ids, "summary": summary}
 
 
@@ -222,7 +232,7 @@ def chunk_finder(
 
     def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         side, page = row["side"], Page.from_binary(row)
-        chosen = page.chosen(patch[side], levels.tau, levels.mark) & (page.chunks >= 0)
+        chosen = levels.chosen(page, side, patch[side]) & (page.chunks >= 0)
         slots, chunks = page.slots[chosen], page.chunks[chosen]
         for chunk in np.unique(chunks).tolist():
             yield {
@@ -241,11 +251,11 @@ def entry_finder(
     """From pages of the ledger the chosen rows (`LOADED`) by part."""
 
     def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        page = Page.from_binary(row)
-        chosen = page.chosen(patch[row["side"]], levels.tau, levels.mark)
+        side, page = row["side"], Page.from_binary(row)
+        chosen = levels.chosen(page, side, patch[side])
         for part, mine in page.of(chosen).split(len(keys)):
             no_ratings = dict.fromkeys(("counts", "others", "values"))
-            yield {"key": keys[part], "side": row["side"], **no_ratings, **mine.to_binary()}
+            yield {"key": keys[part], "side": side, **no_ratings, **mine.to_binary()}
 
     return _mapped(find, LOADED)
 
@@ -358,7 +368,7 @@ def _solved_of(row: dict[str, Any], rank: int) -> tuple[NDArray[np.int32], NDArr
 
 def settler(
     solver: Solver,
-    levels: tuple[float, float],
+    levels: Levels,
     grams: dict[str, NDArray[np.float64]],
     spare: float,
     eager: Container[str],
@@ -371,10 +381,12 @@ def settler(
             return _table_of(RESULTS, [])
         loaded, messages = _by_side(arrays_of(left)), _by_side(arrays_of(right))
         sides = {
-            side: _patch_side(loaded[side], messages[side], solver.rank, side in eager)
+            side: _patch_side(
+                loaded[side], messages[side], solver.rank, levels.floors[side], side in eager
+            )
             for side in SIDES
         }
-        settled = settle(solver, sides, *levels, grams, spare)
+        settled = settle(solver, sides, levels.tau, levels.mark, grams, spare)
         rows = [row for side in SIDES for row in _result_rows(side, settled[side], paging)]
         return _table_of(RESULTS, rows)
 
@@ -497,7 +509,11 @@ def _known_rows(
 
 
 def _patch_side(
-    loaded: list[dict[str, Any]], messages: list[dict[str, Any]], rank: int, eager: bool
+    loaded: list[dict[str, Any]],
+    messages: list[dict[str, Any]],
+    rank: int,
+    floor: float,
+    eager: bool,
 ) -> PatchSide:
     """One side of a part from what was loaded of it and the factor rows that came with that."""
     pages = [Page.from_binary(row) for row in loaded if row["counts"] is None]
@@ -509,7 +525,8 @@ def _patch_side(
     if not np.array_equal(slots[order], block.slots):
         raise ValueError("active rows and their ratings differ; the rating blocks are damaged")
     gradient = np.concatenate([np.zeros(0), *[page.gradient_norm for page in pages]])
-    return PatchSide(*_known_rows(messages, rank), block, np.isinf(gradient)[order], eager)
+    forced = np.isinf(gradient)[order]
+    return PatchSide(*_known_rows(messages, rank), block, forced, floor, eager)
 
 
 def _result_rows(side: str, settled: SettledSide, paging: Paging) -> Iterator[dict[str, Any]]:

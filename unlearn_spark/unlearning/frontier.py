@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from pyspark.sql.group import GroupedData
 
     from unlearn_spark.als.solver import Solver
-    from unlearn_spark.config import ExecutionSettings, UnlearnSettings
+    from unlearn_spark.config import ExecutionSettings, ResolvedUnlearn
 
 
 MOST_SWEEPS, SHARE_OF_TRAINING = 4.0, 0.25
@@ -119,6 +119,8 @@ class Frontier:
         Packed ratings of both sides (`encoding.CHUNK_SCHEMA`).
     n_blocks
         By side.
+    floors
+        By side what residuals are relative to at least.
     training_sweeps
         Sweeps that the model's training took; 0 where that is not known.
     pages
@@ -137,10 +139,11 @@ class Frontier:
     solver: Solver
     rows: dict[str, DataFrame]
     chunks: DataFrame
-    settings: UnlearnSettings
+    settings: ResolvedUnlearn
     execution: ExecutionSettings
     parallelism: int
     n_blocks: dict[str, int]
+    floors: dict[str, float]
     work: Work
     progress: Callable[[str], None] = lambda message: None
     training_sweeps: int = 0
@@ -187,7 +190,7 @@ class Frontier:
 
     @property
     def _levels(self) -> exchange.Levels:
-        return exchange.Levels(self.n_blocks, self.settings.tau, self.mark)
+        return exchange.Levels(self.n_blocks, self.settings.tau, self.mark, self.floors)
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -493,12 +496,11 @@ class Frontier:
         parts = self.ratings_of(patch, keys, chunks).persist()
         needed = parts.mapInArrow(exchange.need_finder(self.paging), exchange.NEEDED)
         messages = self._fetched(needed, self._stock_for(needed, ratings))
-        levels = (self.settings.tau, self.mark)
         settled = (
             parts.groupBy("key")
             .cogroup(messages.repartition(len(keys), "key").groupBy("key"))
             .applyInArrow(
-                exchange.settler(self.solver, levels, self.grams, spare, eager, self.paging),
+                exchange.settler(self.solver, self._levels, self.grams, spare, eager, self.paging),
                 exchange.RESULTS,
             )
         )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from pyspark.sql import DataFrame
 
-    from unlearn_spark.config import Settings
+    from unlearn_spark.config import ResolvedUnlearn, Settings
     from unlearn_spark.tables.models import ModelVersion
     from unlearn_spark.tables.store import Store
 
@@ -57,10 +57,12 @@ FEW_BYTES = 8 * 2**20
 @dataclass(frozen=True)
 class Tonight:
     """What a night starts from, whichever way it is done: the published model is of these `sizes`,
-    `n_ratings` will be left, and it was `started` by `time.perf_counter`."""
+    `n_ratings` will be left, and it was `started` by `time.perf_counter`. `unlearn` are the
+    settings of that name for this model."""
 
     store: Store
     settings: Settings
+    unlearn: ResolvedUnlearn
     model: ModelVersion
     changes: Changes
     sizes: Sizes
@@ -113,6 +115,7 @@ def run_night(
     with session_conf(store.spark, SMALL_QUERIES):
         model = models.published(store)
         news = find_news(store, model, checkpoint)
+    unlearn = settings.unlearn.resolved(model.reached)
     idle = {"model_version": model.model_version, "requests": 0, "ratings_removed": 0}
     if not news.n_requests and (kind == "unlearn" or not news.may_add):
         return idle
@@ -142,7 +145,7 @@ def run_night(
                 "ingest other ratings first"
             )
         tonight = Tonight(
-            store, settings, model, changes, sizes, n_ratings, progress, kind, started
+            store, settings, unlearn, model, changes, sizes, n_ratings, progress, kind, started
         )
         # An old one is refused before anything is written.
         ledger = factors.read_ledger(store, model.ledger_version)
@@ -158,8 +161,8 @@ def run_night(
     failed = {} if version.certificate["holds"] else {"exit_code": 1}
     if failed:
         progress(
-            f"the certificate does not hold: residual {figures['max_residual']:.2e} is over "
-            f"unlearn.tau after als.max_sweeps = {model.als.max_sweeps} sweeps; "
+            f"the certificate does not hold: residual {figures['max_residual']:.2e} is over tau = "
+            f"{unlearn.tau:.2e} after als.max_sweeps = {model.als.max_sweeps} sweeps; "
             "train anew with more"
         )
     return {
@@ -167,6 +170,7 @@ def run_night(
         "model_version": version.model_version,
         "parent": model.model_version,
         **figures,
+        "tau": unlearn.tau,
         "seconds": time.perf_counter() - started,
     }
 
@@ -194,9 +198,10 @@ def _sweep(
         night.bases.result()
     fitted = fit_factors(
         tonight.retained(),
-        model.als.model_copy(update={"tol": tonight.settings.unlearn.mark}),
+        model.als.model_copy(update={"tol": tonight.unlearn.mark}),
         tonight.settings.execution,
         warm_start=warm,
+        floors=model.floors,
         on_sweep=lambda report: tonight.progress(report.line()),
     )
     summary, layouts = fitted.summary, fitted.encoded.layouts
@@ -219,7 +224,7 @@ def _sweep(
         model.als,
         kind=tonight.kind,
         parent=model,
-        tau=tonight.settings.unlearn.tau,
+        tau=tonight.unlearn.tau,
         ratings_version=changes.news.ratings_version,
         ratings_ingest_id=changes.news.ingest_id,
         tombstones_version=changes.news.tombstones_version,
@@ -320,10 +325,11 @@ class Night:
             solver=solver_of(self.als),
             rows={side: self._vectors(side) for side in SIDES},
             chunks=store.read(factors.RATING_BLOCKS, model.rating_blocks_version),
-            settings=settings.unlearn,
+            settings=tonight.unlearn,
             execution=settings.execution,
             parallelism=found["parallelism"],
             n_blocks={side: self.layouts[side]["n_blocks"] for side in SIDES},
+            floors=model.floors,
             work=Work(self.als.rank, tonight.n_ratings, sum(self.n_rows.values())),
             progress=tonight.progress,
             grams=grams,
@@ -446,7 +452,7 @@ class Night:
 
     def _near(self) -> dict[str, list[int]] | None:
         """The blocks of tonight's changes, if it is likely that no others need be looked at."""
-        model, unlearn, blocks = self.model, self.settings.unlearn, self.changes.blocks
+        model, unlearn, blocks = self.model, self.tonight.unlearn, self.changes.blocks
         solves = unlearn.direct_rows == "resolve" or self.changes.n_added
         if solves or self.als.implicit_prefs or model.certificate["max_residual"] > unlearn.tau:
             return None
@@ -477,7 +483,7 @@ class Night:
         ConflictError
             Another job wrote to one of the tables meanwhile.
         """
-        store, changes, tau = self.store, self.changes, self.settings.unlearn.tau
+        store, changes, tau = self.store, self.changes, self.tonight.unlearn.tau
         n_solved = sum(self.n_solved.values())
         bases = self.bases.result()
         written = publishing.together(
@@ -525,6 +531,8 @@ class Night:
                 "max_residual": self.worst,
                 "holds": self.worst <= tau,
                 "evidence": "ledger",
+                "floor": self.model.floors,
+                "reached": self.model.reached,
             },
         )
         return models.publish(store, model), figures
@@ -545,7 +553,7 @@ class Night:
                     gathered=few and not self.changes.n_added,
                 )
         writes["ledger_version"] = lambda: factors.replace_ledger(
-            store, self.frontier.entries(), self.frontier.near
+            store, self.frontier.entries(), self.frontier.near, self.model.floors
         )
         writes["rating_changes_version"] = lambda: store.append(
             factors.RATING_CHANGES, self.new_changes

@@ -217,10 +217,9 @@ class Page:
         false = np.zeros(int(here.sum()), np.bool_)
         return cls(slots=slots[here], **kept, looked=false, solved=false, changes=changes)
 
-    @property
-    def bound(self) -> NDArray[np.float64]:
-        """Upper bounds of the rows' residuals."""
-        return relative_residual(self.gradient_norm, self.b_norm)
+    def bound(self, floor: float) -> NDArray[np.float64]:
+        """Upper bounds of the rows' residuals, which are relative to `floor` at least."""
+        return relative_residual(self.gradient_norm, self.b_norm, floor)
 
     def pushed(
         self,
@@ -283,19 +282,19 @@ class Page:
         all_solved[places] |= solved[known]
         return replace(self, **arrays, looked=looked, solved=all_solved)
 
-    def chosen(self, name: str, tau: float, mark: float) -> NDArray[np.bool_]:
+    def chosen(self, name: str, tau: float, mark: float, floor: float) -> NDArray[np.bool_]:
         """Which rows a choice means."""
         if name == "over":
-            return self.bound > tau
-        return self.looked if name == "looked" else self.looked | (self.bound > mark)
+            return self.bound(floor) > tau
+        return self.looked if name == "looked" else self.looked | (self.bound(floor) > mark)
 
-    def summary(self, n_blocks: int, tau: float, mark: float) -> Summary:
+    def summary(self, n_blocks: int, tau: float, mark: float, floor: float) -> Summary:
         """How the page stands."""
-        bound, blocks = self.bound, self.slots % n_blocks
+        bound, blocks = self.bound(floor), self.slots % n_blocks
         ratings: dict[str, int] = {}
         chunks: dict[str, frozenset[int] | None] = {}
         for name in CHOICES:
-            rows = self.chosen(name, tau, mark)
+            rows = self.chosen(name, tau, mark, floor)
             ratings[name] = int(self.n_ratings[rows].sum())
             found = np.unique(self.chunks[rows & (self.chunks >= 0)])
             chunks[name] = frozenset(found.tolist()) if len(found) <= MOST_CHUNKS else None

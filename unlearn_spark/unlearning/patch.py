@@ -44,6 +44,8 @@ class PatchSide:
         Those of the rows to look at, all of them; no rows where this side stands still.
     forced : bool (ratings.n_rows,)
         Rows to solve even where they are under the mark.
+    floor
+        What this side's residuals are relative to at least.
     eager
         Solve down to the mark at the first turn, even if no row proves to be over tau.
     """
@@ -52,6 +54,7 @@ class PatchSide:
     factors: NDArray[np.float32]
     ratings: RatingBlock
     forced: NDArray[np.bool_]
+    floor: float
     eager: bool = True
 
 
@@ -167,6 +170,7 @@ class _Side:
         self.entry_rows = np.repeat(np.arange(n, dtype=np.int32), np.diff(mine.ratings.indptr))
         self.gram = gram_before
         self.forced = mine.forced.copy()
+        self.floor = mine.floor
         self.turned, self.eager = False, mine.eager
         self.stale, self.solved = np.ones(n, np.bool_), np.zeros(n, np.bool_)
         self.gradient_norm, self.b_norm = np.zeros(n), np.zeros(n)
@@ -192,7 +196,7 @@ class _Side:
         it is not the first turn and these have more than `most` ratings; returns which."""
         needs = self.forced.copy()
         self.look(other, self.stale & ~needs)  # at the others when they are solved
-        residual = relative_residual(self.gradient_norm, self.b_norm)
+        residual = relative_residual(self.gradient_norm, self.b_norm, self.floor)
         if (self.eager and not self.turned) or needs.any() or (residual > tau).any():
             needs |= residual > mark
         ratings = int(np.diff(self.ratings.indptr)[needs].sum())
