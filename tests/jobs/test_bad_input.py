@@ -44,6 +44,7 @@ FILES = {
     "no-scope.csv": "request_id,user_id\nr-1,1\n",
     "no-requests.csv": "request_id,scope,user_id\n",
     "hopeless-requests.csv": "request_id,scope,user_id\nr-1,everything,1\nr-2,,1\nr-3,all,2\n",
+    "foreign-requests.csv": "request_id,scope,user_id\nr-1,user,1.0\nr-2,user,01\n",
     "requests.txt": "request_id,scope,user_id\nr-1,user,1\n",
     "not.jsonl": "request_id,scope,user_id\nr-1,user,1\n",
     "not.parquet": "user_id,item_id,rating\n1,1,3\n",
@@ -212,7 +213,10 @@ CASES = [
      "{foreign-items.csv}: none of its 2 rows is usable", "id is not an integer as in the table"),
     ("ids of another kind", "ingest_ratings",
      "--root {new} --input {float-ids.parquet} --format parquet",
-     "{float-ids.parquet}: column user_id has type double", "cast it first"),
+     "{float-ids.parquet}: none of its 1 rows is usable", "user_id is a fraction"),
+    ("ids that are no numbers", "ingest_ratings",
+     "--root {new} --input {true-ids.parquet} --format parquet",
+     "{true-ids.parquet}: column user_id has type boolean", "cast it first"),
     ("missing column", "ingest_ratings", "--root {new} --input {other.csv} --format csv",
      "{other.csv}: has no column item_id (found: user_id, film, rating)", "--columns item_id="),
     ("missing column of a table", "ingest_ratings",
@@ -273,6 +277,10 @@ CASES = [
     ("no request is usable", "ingest_tombstones",
      "--root {trained} --input {hopeless-requests.csv}", "{hopeless-requests.csv}: none of its 3",
      "scope is none of user, item, rating, window, reinstate"),
+    ("requests of ids that the ratings cannot have", "ingest_tombstones",
+     "--root {trained} --input {foreign-requests.csv}",
+     "{foreign-requests.csv}: none of its 2 requests is usable",
+     "user_id is not an integer as in the table"),
     ("requests of unknown suffix", "ingest_tombstones", "--root {trained} --input {requests.txt}",
      "{requests.txt}", "--format"),
     ("requests of unknown format", "ingest_tombstones",
@@ -298,6 +306,7 @@ def places(tmp_path_factory):
                          "rating": pa.array([], pa.float32())},
         "texts.parquet": {"user_id": ["ada", "bob"], "item_id": [1, 2], "rating": [3.0, 4.0]},
         "float-ids.parquet": {"user_id": [1.5], "item_id": [1], "rating": [3.0]},
+        "true-ids.parquet": {"user_id": [True], "item_id": [1], "rating": [3.0]},
         "other.parquet": {"user_id": [1], "film": [1], "rating": [3.0]},
         "large.parquet": {"user_id": [f"{n:032b}" for n in range(20_000)]},
     }  # fmt: skip
@@ -389,7 +398,8 @@ def test_ids_of_another_kind_are_quarantined_one_by_one(made, run_job, spark, tm
     assert ratings.read(store).count() == count + 1
     held = store.read(quarantine.TABLE).collect()
     assert {(row.raw, row.reason) for row in held} == {
-        (raw, "id is not an integer as in the table") for raw in ("ada,1,3", "1,B0,3", "01,51,3")
+        (raw, f"{name}_id is not an integer as in the table")
+        for raw, name in (("ada,1,3", "user"), ("1,B0,3", "item"), ("01,51,3", "user"))
     }
 
 

@@ -182,7 +182,7 @@ def test_a_file_that_is_of_no_use_writes_nothing(spark, store, tmp_path):
         (_file(tmp_path, "tags.csv", "userId,movieId,tag,timestamp\n"), "movielens", "MovieLens"),
         (_file(tmp_path, "n.txt", "1,2,2005-01-01\n"), "netflix", "Netflix"),
         (_file(tmp_path, "x.parquet", "no parquet at all"), "parquet", "cannot be read as parquet"),
-        (str(tmp_path / "float.parquet"), "parquet", "type double"),
+        (str(tmp_path / "float.parquet"), "parquet", "user_id is a fraction"),
         (str(two), "delta", "cannot be read as delta"),
         (str(two), "csv", "different headers"),
         (_csv(tmp_path, "bad.csv", "1,2,x,4", "1,2,y,4", ",2,1,4"), "csv", "rating is not a num"),

@@ -41,7 +41,6 @@ FORMER_PROPERTY = "unlearn.userBlocks"
 _EMPTY_VERSION = 1
 """Delta version of the table once it is made and has its property, before the first ingest."""
 
-FOREIGN_ID = "id is not an integer as in the table"
 REFUSED = "covered by tombstone "
 
 _PRUNING_LIMIT = 256
@@ -357,7 +356,7 @@ def ingest(
     InputError
         There are no rows, or not one is usable. Nothing is written.
     """
-    types = _id_types(store)
+    types = id_types(store)
     rows = _typed(raw, types)
     with formats.explained(raw.source, "this format"):
         profile = _profile(rows, raw.text_ids and types is None)
@@ -409,8 +408,8 @@ def ingest(
     )
 
 
-def _id_types(store: Store) -> dict[str, T.DataType] | None:
-    """Types of the two id columns; None before the first ingest."""
+def id_types(store: Store) -> dict[str, T.DataType] | None:
+    """Types of the table's user_id and item_id, string or bigint; None before the first ingest."""
     if not store.exists(TABLE):
         return None
     schema = read(store).schema
@@ -439,7 +438,8 @@ def _typed(raw: formats.RawRatings, types: dict[str, T.DataType] | None) -> Data
         converted[name] = F.col(name).cast(kind)
         if isinstance(source, T.StringType) and not isinstance(kind, T.StringType):
             converted[name] = requests.typed_id(F.col(name), kind)
-            problem = F.coalesce(problem, F.when(converted[name].isNull(), FOREIGN_ID))
+            foreign = formats.FOREIGN_ID.format(column=name)
+            problem = F.coalesce(problem, F.when(converted[name].isNull(), foreign))
     return rows.select(
         "raw",
         "position",
