@@ -52,9 +52,16 @@ def require_creatable(option: str, path: str) -> None:
         raise InputError(f"{option} {path}: {folder} is no writable directory; name another")
 
 
+def require_local_file(option: str, path: str) -> None:
+    """Raise InputError where a path that an option names cannot be that of a file here."""
+    if "://" in path or path.startswith("dbfs:"):
+        raise InputError(f"{option} {path}: is written on this machine; name a local file")
+    if Path(path).is_dir():
+        raise InputError(f"{option} {path}: is a directory; name a file")
+
+
 def require_picture(path: str) -> None:
     """Raise UserError where `--plot` could not draw to this path."""
-    if Path(path).is_dir():
-        raise InputError(f"--plot {path}: is a directory; name a file")
+    require_local_file("--plot", path)
     require_creatable("--plot", path)
     require_package("matplotlib", "matplotlib", f"--plot {path}")

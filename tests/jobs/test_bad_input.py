@@ -30,6 +30,7 @@ FILES = {
     "list.yaml": "- als\n- unlearn\n",
     "torn.yaml": "als: {rank: 4\nunlearn: ]\n",
     "binary.yaml": b"\xff\xfe\x00\x01",
+    "nothing.yaml": "",
     "misspelt.yaml": "als:\n  rnak: 4\n",
     "good.csv": "user_id,item_id,rating,rated_at\n1,1,3,1000\n1,2,4,1000\n",
     "other.csv": "user_id,film,rating\n1,1,3\n",
@@ -114,6 +115,12 @@ CASES = [
      "--users 0: expected at least 1"),
     ("wrong suffix", "generate_ratings", "--users 2 --items 3 --ratings 6 --output {new}/r.txt",
      "{new}/r.txt", ".csv or .parquet"),
+    ("output is a folder", "generate_ratings",
+     "--users 2 --items 3 --ratings 6 --output {files}/a-folder.csv", "{files}/a-folder.csv",
+     "is a directory; name a file"),
+    ("output elsewhere", "generate_ratings",
+     "--users 2 --items 3 --ratings 6 --output s3://bucket/r.csv", "s3://bucket/r.csv",
+     "name a local file"),
     ("output under a file", "generate_ratings",
      "--users 2 --items 3 --ratings 6 --output {a-file}/r.csv", "{a-file}/r.csv",
      "cannot be written"),
@@ -126,6 +133,12 @@ CASES = [
      "name a directory"),
     ("root under a file", "ingest_tombstones",
      "--root {a-file}/tables --input {no-scope.csv}", "{a-file} is a file", "name a directory"),
+    ("root in storage that is not there", "train", "--root nowhere://bucket/tables",
+     "root nowhere://bucket/tables", "no access to storage of that kind"),
+    ("no such catalog", "train", "--conf {nothing.yaml} --set catalog=no-such.schema",
+     "catalog no-such.schema", "create it first"),
+    ("log without a commit", "train", "--root {begun}", "table ratings is missing",
+     "jobs/ingest_ratings.py first"),
     # --- jobs in the wrong order
     ("train without ratings", "train", "--root {new}", "table ratings is missing",
      "jobs/ingest_ratings.py first"),
@@ -252,6 +265,13 @@ CASES = [
      "{good.csv}: cannot be read as delta", "check --format"),
     ("delta told, folder given", "ingest_ratings", "--root {new} --input {folder} --format delta",
      "{folder}: cannot be read as delta", "check --format"),
+    ("delta told, log alone given", "ingest_ratings",
+     "--root {new} --input {log-alone} --format delta", "{log-alone}: cannot be read as delta",
+     "check --format"),
+    ("requests in a log alone", "ingest_tombstones", "--root {new} --input {log-alone}",
+     "{log-alone}", "--format"),
+    ("picture elsewhere", "train", "--root {trained} --plot s3://bucket/p.png",
+     "--plot s3://bucket/p.png", "name a local file"),
     ("csv told, parquet given", "ingest_ratings",
      "--root {new} --input {texts.parquet} --format csv", "{texts.parquet}", "check --format"),
     ("csv told, large parquet given", "ingest_ratings",
@@ -297,7 +317,9 @@ def places(tmp_path_factory):
     """By name the inputs, the roots that `made` fills, and paths at which there is nothing."""
     base = tmp_path_factory.mktemp("bad-input")
     files = base / "files"
-    (files / "folder").mkdir(parents=True)
+    for folder in ("folder", "a-folder.csv", "log-alone/_delta_log"):
+        (files / folder).mkdir(parents=True)
+    (base / "begun" / "ratings" / "_delta_log").mkdir(parents=True)
     for name, content in FILES.items():
         data = content if isinstance(content, bytes) else content.encode()
         (files / name).write_bytes(data)
@@ -314,7 +336,7 @@ def places(tmp_path_factory):
         # Not compressed: the large one has to be one long line for a reader of text.
         pyarrow.parquet.write_table(pa.table(columns), files / name, compression="none")
     names = {path.name: path for path in files.iterdir()}
-    roots = {name: base / name for name in ("trained", "forgotten", "emptied", "new")}
+    roots = {name: base / name for name in ("trained", "forgotten", "emptied", "new", "begun")}
     return {**names, **roots, "files": files, "absent": base / "absent", "base": base}
 
 

@@ -49,7 +49,11 @@ def read(store: Store, version: int) -> DataFrame:
 
 
 def append(store: Store, model: ModelVersion, rows: DataFrame) -> int:
-    """Add receipts after those of `model`; what a dead job left behind is dropped first."""
+    """Write the receipts of `model` and these; returns the Delta version that holds them.
+
+    In one commit, whatever a dead job left behind, or another writes at the same time.
+    """
     store.create(TABLE, SPEC)
-    store.restore(TABLE, model.receipts_version or 0)
-    return store.append(TABLE, rows.select(*SPEC.schema.names))
+    rows = rows.select(*SPEC.schema.names)
+    earlier = read(store, model)
+    return store.overwrite(TABLE, rows if earlier is None else earlier.unionByName(rows))
