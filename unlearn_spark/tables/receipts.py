@@ -23,15 +23,17 @@ if TYPE_CHECKING:
 
 TABLE = "receipts"
 
+_OF_THE_NIGHT = {"comment": "of the whole night that honoured the request"}
+
 SPEC = TableSpec(
     StructType(
         [
             StructField("request_id", StringType()),
             StructField("model_version", LongType()),
             StructField("ratings_removed", LongType()),
-            # Of the whole night that honoured the request, as requests of a night share the work.
-            StructField("rows_resolved", LongType()),
-            StructField("max_residual", DoubleType()),
+            # The requests of a night share its work.
+            StructField("rows_resolved", LongType(), metadata=_OF_THE_NIGHT),
+            StructField("max_residual", DoubleType(), metadata=_OF_THE_NIGHT),
             StructField("honoured_at", TimestampType()),
             StructField("purged_at", TimestampType()),
         ]
@@ -55,5 +57,6 @@ def append(store: Store, model: ModelVersion, rows: DataFrame) -> int:
     """
     store.create(TABLE, SPEC)
     rows = rows.select(*SPEC.schema.names)
-    earlier = read(store, model)
-    return store.overwrite(TABLE, rows if earlier is None else earlier.unionByName(rows))
+    if model.receipts_version is not None:
+        rows = read(store, model.receipts_version).unionByName(rows)
+    return store.overwrite(TABLE, rows)
