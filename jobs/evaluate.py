@@ -77,30 +77,24 @@ def of_published(
     """Metrics of a published model on ratings from a file."""
     from unlearn_spark.evaluation.metrics import held_out_metrics
     from unlearn_spark.tables import formats, models, ratings, tombstones
-    from unlearn_spark.unlearning.requests import typed_id
 
     renamed = formats.parse_columns(columns)
     store = context.store
     model = models.published(store, model_version)
-    users, items = models.read_factors(store, model)
-    read = formats.read_ratings(context.spark, path, form, renamed)
-    usable = read.frame.where("problem IS NULL").select(
-        *[
-            (
-                typed_id(read.frame[name], kind) if read.text_ids else read.frame[name].cast(kind)
-            ).alias(name)
-            for name, kind in (
-                ("user_id", users.schema["id"].dataType),
-                ("item_id", items.schema["id"].dataType),
-            )
-        ],
-        read.frame["rating"].cast("float").alias("rating"),
+    # Ids are compared as text, so that those that cannot be the model's stay apart as unknown ones.
+    users, items = (
+        rows.withColumn("id", rows["id"].cast("string"))
+        for rows in models.read_factors(store, model)
     )
+    pair = ["cast(user_id AS string) AS user_id", "cast(item_id AS string) AS item_id"]
+    read = formats.read_ratings(context.spark, path, form, renamed)
+    usable = read.frame.where("problem IS NULL").selectExpr(*pair, "float(rating) AS rating")
     seen = None
     if model.ratings_version is not None:
         seen = ratings.retained(
             store, model.ratings_version, tombstones.version(store), model.receipts_version
         )
+        seen = seen.selectExpr(*pair)
     with formats.explained(path, form):
         metrics = held_out_metrics(users, items, usable, seen, k=k, min_rating=min_rating)
     return {"model_version": model.model_version, **metrics}

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import click
 
 from unlearn_spark.cli import JobContext, job, progress, run
-from unlearn_spark.tables import formats, tombstones
+from unlearn_spark.tables import formats, ratings, tombstones
 
 
 @job("Ingest deletion requests (tombstones).")
@@ -32,7 +32,8 @@ def main(context: JobContext, path: str, format: str | None) -> dict[str, Any]:
     now.
     """
     formats.check_exists(path)
-    report = tombstones.ingest(context.store, path, format)
+    store = context.store
+    report = tombstones.ingest(store, path, format, ratings.id_types(store))
     progress(
         f"{path}: {report.read} requests read, {report.accepted} accepted, "
         f"{report.duplicates} duplicates, {report.quarantined} quarantined"

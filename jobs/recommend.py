@@ -6,6 +6,8 @@ spark-submit jobs/recommend.py --root /data/recommender --top 10 --users 7,42 --
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,12 @@ if TYPE_CHECKING:
 
 @job("Recommend items by a published model.")
 @click.option("--top", type=click.IntRange(min=1), required=True, help="Items for each user.")
-@click.option("--users", metavar="ID,ID,...", help="Only these users.  [default: all]")
+@click.option(
+    "--users",
+    metavar="ID,ID,...",
+    help='Only these users; as in CSV, an id with a comma or quote is quoted: 7,"a,b".  '
+    "[default: all]",
+)
 @click.option("--model-version", type=int, help="A published version.  [default: the newest]")
 @click.option(
     "--exclude-seen/--include-seen",
@@ -91,7 +98,8 @@ def select_users(
 
     from unlearn_spark.errors import InputError
 
-    names = list(dict.fromkeys(name.strip() for name in users.split(",") if name.strip()))
+    lines = csv.reader(io.StringIO(users, newline=""), skipinitialspace=True)
+    names = list(dict.fromkeys(name.strip() for line in lines for name in line if name.strip()))
     asked = factors.where(F.col("id").cast("string").isin(names)).persist()
     found = {
         row["name"] for row in asked.select(F.col("id").cast("string").alias("name")).collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,21 @@ def require_package(module: str, distribution: str, purpose: str) -> None:
 def is_remote(path: str) -> bool:
     """Is this a place that only Spark can look at?"""
     return "://" in path or path.startswith(("dbfs:", "/Volumes/"))
+
+
+def for_spark(path: str, glob: bool = True) -> str:
+    """A path as Spark's readers take it: what is there under that very name is meant by it.
+
+    Parameters
+    ----------
+    glob
+        The reader takes patterns (that of Delta does not), so their marks in a name need escaping.
+    """
+    if is_remote(path) or not os.path.exists(path):
+        return path
+    # Absolute, as Hadoop takes what stands before a colon at the beginning for a scheme.
+    absolute = str(Path(path).absolute())
+    return re.sub(r"([\\\[\]{}*?])", r"\\\1", absolute) if glob else absolute
 
 
 def nearest_existing(path: Path) -> Path:
@@ -36,9 +52,16 @@ def require_creatable(option: str, path: str) -> None:
         raise InputError(f"{option} {path}: {folder} is no writable directory; name another")
 
 
+def require_local_file(option: str, path: str) -> None:
+    """Raise InputError where a path that an option names cannot be that of a file here."""
+    if "://" in path or path.startswith("dbfs:"):
+        raise InputError(f"{option} {path}: is written on this machine; name a local file")
+    if Path(path).is_dir():
+        raise InputError(f"{option} {path}: is a directory; name a file")
+
+
 def require_picture(path: str) -> None:
     """Raise UserError where `--plot` could not draw to this path."""
-    if Path(path).is_dir():
-        raise InputError(f"--plot {path}: is a directory; name a file")
+    require_local_file("--plot", path)
     require_creatable("--plot", path)
     require_package("matplotlib", "matplotlib", f"--plot {path}")

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unlearn_spark.errors import UserError
+from unlearn_spark.errors import SettingsError, UserError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -78,10 +78,13 @@ _STATIC_DEFAULTS = {
 }
 
 _TIME_ZONE = "spark.sql.session.timeZone"
+_TIMESTAMPS = "spark.sql.timestampType"
 
 # Set once the session runs, also where it was not built here.
 _DEFAULTS = {
     _TIME_ZONE: "UTC",
+    # What `timestamp` means. A table made where it means local times would fit no other session.
+    _TIMESTAMPS: "TIMESTAMP_LTZ",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "200000",
     # Every query's plan is written out for the event log; with caches in caches that is megabytes.
     "spark.sql.maxPlanStringLength": "20000",
@@ -197,6 +200,9 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
 
     spark_settings = (settings or Settings()).spark
     own = spark_settings.conf
+    ours = _DEFAULTS[_TIMESTAMPS]
+    if own.get(_TIMESTAMPS, ours) != ours:
+        raise SettingsError(f"spark.conf.{_TIMESTAMPS}: tables have {ours}; leave it out")
     active = SparkSession.getActiveSession()
     if active is not None:
         _set_up(active, {**_DEFAULTS, **own})
@@ -281,12 +287,12 @@ def set_if_allowed(session: SparkSession, key: str, value: str) -> bool:
 
 def _set_up(session: SparkSession, wanted: Mapping[str, object]) -> None:
     """Settings of a session that runs; those that cannot be changed are named on stderr if they are
-    a user's own, for ours change how long something takes and no result, but for the time zone.
+    a user's own, for ours change how long something takes and no result, but for what times mean.
 
     Raises
     ------
     UserError
-        The time zone cannot be changed and is another.
+        The time zone or the type of timestamps cannot be changed and is another.
     """
     for key, value in wanted.items():
         if set_if_allowed(session, key, str(value)):
@@ -295,7 +301,7 @@ def _set_up(session: SparkSession, wanted: Mapping[str, object]) -> None:
         # Options of the JVM follow ours (`with_further`), and YAML's `false` is `False` as a text.
         if f" {found}".lower().endswith(f" {value}".lower()):
             continue
-        if key == _TIME_ZONE:
+        if key in (_TIME_ZONE, _TIMESTAMPS):
             raise UserError(
                 f"this Spark session forbids to change {key}, which is {found}; "
                 f"set it to {value} where the session is made"

@@ -215,6 +215,44 @@ def test_pipeline_cross_validation_and_round_trip(spark, split, model, tmp_path)
     }
 
 
+def test_a_model_that_was_not_saved_whole_is_none(spark, tmp_path, monkeypatch):
+    """Saving over a model dies before each of its writes: never one's users with other's items."""
+    path = str(tmp_path / "model")
+
+    def save_over(value):
+        rows = spark.createDataFrame([(1, [value])], "id int, features array<float>")
+        ALSModel(1, rows, rows).write().overwrite().save(path)
+
+    def load():
+        model = ALSModel.load(path)
+        return [rows.first()["features"] for rows in (model.userFactors, model.itemFactors)]
+
+    writer = type(spark.range(1).write)
+    for survived, left in ((0, [[1.0], [1.0]]), (1, None), (2, None), (3, None)):
+        save_over(1.0)
+        to_come = iter([None] * survived)
+
+        def dying(write, to_come=to_come):
+            return lambda *arguments: (next(to_come), write(*arguments))  # StopIteration: killed
+
+        with monkeypatch.context() as patched:
+            for name in ("parquet", "text"):
+                patched.setattr(writer, name, dying(getattr(writer, name)))
+            with pytest.raises(StopIteration):
+                save_over(2.0)
+        if left is None:
+            with pytest.raises(InputError, match=f"{path}: no model here"):
+                load()
+        else:
+            assert load() == left
+    save_over(3.0)
+    with pytest.raises(InputError, match="the model is read from there; save it elsewhere"):
+        ALSModel.load(path).write().overwrite().save(path)
+    assert load() == [[3.0], [3.0]]
+    with pytest.raises(InputError, match="no model here"):
+        ALSModel.load(str(tmp_path / "nothing"))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

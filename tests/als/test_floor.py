@@ -4,7 +4,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn_spark.als.acceleration import Accelerator
@@ -57,6 +57,7 @@ ROWS = st.lists(st.lists(st.integers(-10, 10).map(lambda n: n / 2), max_size=9),
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 @given(rows=ROWS, seed=st.integers(0, 1000), n_parts=st.integers(1, 5))
+@settings(deadline=None)
 def test_neither_order_nor_parts_show_in_it(objective, rows, seed, n_parts):
     random = np.random.default_rng(seed)
     floor = floor_of(magnitudes_of(rows, objective))

@@ -109,6 +109,16 @@ def test_top_n_without_candidates_and_with_a_bad_n(spark):
         top_n(users, items, 0)
 
 
+def test_exclusions_of_another_type_name_the_ids_that_equal_them(spark):
+    rows = spark.createDataFrame([(1, [1.0]), (2, [2.0])], "id int, factors array<float>")
+    pairs = [(1.0, 2**40), (1.0, 1), (1.5, 2), (2.0, 2)]
+    exclude = spark.createDataFrame(pairs, "query_id double, candidate_id long")
+    found = {
+        r.id: [e.id for e in r.recommendations] for r in top_n(rows, rows, 2, exclude).collect()
+    }
+    assert found == {1: [2], 2: [1]}
+
+
 def test_predictions_of_pairs(spark):
     users = factors_frame(spark, ["a", "b"], np.array([[1, 2], [3, 4]], np.float32))
     items = factors_frame(spark, [7, 8], np.array([[1, 0], [0.5, -1]], np.float32))

@@ -30,6 +30,7 @@ FILES = {
     "list.yaml": "- als\n- unlearn\n",
     "torn.yaml": "als: {rank: 4\nunlearn: ]\n",
     "binary.yaml": b"\xff\xfe\x00\x01",
+    "nothing.yaml": "",
     "misspelt.yaml": "als:\n  rnak: 4\n",
     "good.csv": "user_id,item_id,rating,rated_at\n1,1,3,1000\n1,2,4,1000\n",
     "other.csv": "user_id,film,rating\n1,1,3\n",
@@ -44,6 +45,7 @@ FILES = {
     "no-scope.csv": "request_id,user_id\nr-1,1\n",
     "no-requests.csv": "request_id,scope,user_id\n",
     "hopeless-requests.csv": "request_id,scope,user_id\nr-1,everything,1\nr-2,,1\nr-3,all,2\n",
+    "foreign-requests.csv": "request_id,scope,user_id\nr-1,user,1.0\nr-2,user,01\n",
     "requests.txt": "request_id,scope,user_id\nr-1,user,1\n",
     "not.jsonl": "request_id,scope,user_id\nr-1,user,1\n",
     "not.parquet": "user_id,item_id,rating\n1,1,3\n",
@@ -113,6 +115,12 @@ CASES = [
      "--users 0: expected at least 1"),
     ("wrong suffix", "generate_ratings", "--users 2 --items 3 --ratings 6 --output {new}/r.txt",
      "{new}/r.txt", ".csv or .parquet"),
+    ("output is a folder", "generate_ratings",
+     "--users 2 --items 3 --ratings 6 --output {files}/a-folder.csv", "{files}/a-folder.csv",
+     "is a directory; name a file"),
+    ("output elsewhere", "generate_ratings",
+     "--users 2 --items 3 --ratings 6 --output s3://bucket/r.csv", "s3://bucket/r.csv",
+     "name a local file"),
     ("output under a file", "generate_ratings",
      "--users 2 --items 3 --ratings 6 --output {a-file}/r.csv", "{a-file}/r.csv",
      "cannot be written"),
@@ -125,6 +133,12 @@ CASES = [
      "name a directory"),
     ("root under a file", "ingest_tombstones",
      "--root {a-file}/tables --input {no-scope.csv}", "{a-file} is a file", "name a directory"),
+    ("root in storage that is not there", "train", "--root nowhere://bucket/tables",
+     "root nowhere://bucket/tables", "no access to storage of that kind"),
+    ("no such catalog", "train", "--conf {nothing.yaml} --set catalog=no-such.schema",
+     "catalog no-such.schema", "create it first"),
+    ("log without a commit", "train", "--root {begun}", "table ratings is missing",
+     "jobs/ingest_ratings.py first"),
     # --- jobs in the wrong order
     ("train without ratings", "train", "--root {new}", "table ratings is missing",
      "jobs/ingest_ratings.py first"),
@@ -212,7 +226,10 @@ CASES = [
      "{foreign-items.csv}: none of its 2 rows is usable", "id is not an integer as in the table"),
     ("ids of another kind", "ingest_ratings",
      "--root {new} --input {float-ids.parquet} --format parquet",
-     "{float-ids.parquet}: column user_id has type double", "cast it first"),
+     "{float-ids.parquet}: none of its 1 rows is usable", "user_id is a fraction"),
+    ("ids that are no numbers", "ingest_ratings",
+     "--root {new} --input {true-ids.parquet} --format parquet",
+     "{true-ids.parquet}: column user_id has type boolean", "cast it first"),
     ("missing column", "ingest_ratings", "--root {new} --input {other.csv} --format csv",
      "{other.csv}: has no column item_id (found: user_id, film, rating)", "--columns item_id="),
     ("missing column of a table", "ingest_ratings",
@@ -248,6 +265,13 @@ CASES = [
      "{good.csv}: cannot be read as delta", "check --format"),
     ("delta told, folder given", "ingest_ratings", "--root {new} --input {folder} --format delta",
      "{folder}: cannot be read as delta", "check --format"),
+    ("delta told, log alone given", "ingest_ratings",
+     "--root {new} --input {log-alone} --format delta", "{log-alone}: cannot be read as delta",
+     "check --format"),
+    ("requests in a log alone", "ingest_tombstones", "--root {new} --input {log-alone}",
+     "{log-alone}", "--format"),
+    ("picture elsewhere", "train", "--root {trained} --plot s3://bucket/p.png",
+     "--plot s3://bucket/p.png", "name a local file"),
     ("csv told, parquet given", "ingest_ratings",
      "--root {new} --input {texts.parquet} --format csv", "{texts.parquet}", "check --format"),
     ("csv told, large parquet given", "ingest_ratings",
@@ -273,6 +297,10 @@ CASES = [
     ("no request is usable", "ingest_tombstones",
      "--root {trained} --input {hopeless-requests.csv}", "{hopeless-requests.csv}: none of its 3",
      "scope is none of user, item, rating, window, reinstate"),
+    ("requests of ids that the ratings cannot have", "ingest_tombstones",
+     "--root {trained} --input {foreign-requests.csv}",
+     "{foreign-requests.csv}: none of its 2 requests is usable",
+     "user_id is not an integer as in the table"),
     ("requests of unknown suffix", "ingest_tombstones", "--root {trained} --input {requests.txt}",
      "{requests.txt}", "--format"),
     ("requests of unknown format", "ingest_tombstones",
@@ -289,7 +317,9 @@ def places(tmp_path_factory):
     """By name the inputs, the roots that `made` fills, and paths at which there is nothing."""
     base = tmp_path_factory.mktemp("bad-input")
     files = base / "files"
-    (files / "folder").mkdir(parents=True)
+    for folder in ("folder", "a-folder.csv", "log-alone/_delta_log"):
+        (files / folder).mkdir(parents=True)
+    (base / "begun" / "ratings" / "_delta_log").mkdir(parents=True)
     for name, content in FILES.items():
         data = content if isinstance(content, bytes) else content.encode()
         (files / name).write_bytes(data)
@@ -298,6 +328,7 @@ def places(tmp_path_factory):
                          "rating": pa.array([], pa.float32())},
         "texts.parquet": {"user_id": ["ada", "bob"], "item_id": [1, 2], "rating": [3.0, 4.0]},
         "float-ids.parquet": {"user_id": [1.5], "item_id": [1], "rating": [3.0]},
+        "true-ids.parquet": {"user_id": [True], "item_id": [1], "rating": [3.0]},
         "other.parquet": {"user_id": [1], "film": [1], "rating": [3.0]},
         "large.parquet": {"user_id": [f"{n:032b}" for n in range(20_000)]},
     }  # fmt: skip
@@ -305,7 +336,7 @@ def places(tmp_path_factory):
         # Not compressed: the large one has to be one long line for a reader of text.
         pyarrow.parquet.write_table(pa.table(columns), files / name, compression="none")
     names = {path.name: path for path in files.iterdir()}
-    roots = {name: base / name for name in ("trained", "forgotten", "emptied", "new")}
+    roots = {name: base / name for name in ("trained", "forgotten", "emptied", "new", "begun")}
     return {**names, **roots, "files": files, "absent": base / "absent", "base": base}
 
 
@@ -389,7 +420,8 @@ def test_ids_of_another_kind_are_quarantined_one_by_one(made, run_job, spark, tm
     assert ratings.read(store).count() == count + 1
     held = store.read(quarantine.TABLE).collect()
     assert {(row.raw, row.reason) for row in held} == {
-        (raw, "id is not an integer as in the table") for raw in ("ada,1,3", "1,B0,3", "01,51,3")
+        (raw, f"{name}_id is not an integer as in the table")
+        for raw, name in (("ada,1,3", "user"), ("1,B0,3", "item"), ("01,51,3", "user"))
     }
 
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
+
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+
+from unlearn_spark.tables import formats, models
+from unlearn_spark.unlearning import comparison
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +91,25 @@ def test_from_ratings_to_recommendations_and_metrics(
         np.minimum(2, unseen.sum(axis=1)).sum() / 2 / 25
     )
 
+    # An id counts as the model's where it is written just so, whatever type it has in the file.
+    for name, column, known in (
+        ("texts", pa.array(["1", "01", "1.0", "x", str(2**70)]), [1, None, None, None, None]),
+        ("numbers", pa.array([1, 2, 999], pa.int32()), [1, 2, 999]),
+    ):
+        path = tmp_path / f"{name}.parquet"
+        n = len(column)
+        pyarrow.parquet.write_table(
+            pa.table({"user_id": ["u1"] * n, "item_id": column, "rating": [3.0] * n}), path
+        )
+        judged = comparison.held_out_ratings(store, models.published(store), str(path), "parquet")
+        assert [row.item_id for row in judged.collect()] == known
+
+    texts = ("--input", tmp_path / "texts.parquet", "--format", "parquet")
+    typed = run_job("evaluate", *root, *texts, "--k", 1)
+    assert typed.exit_code == 0, typed.stderr
+    assert (typed.json["ratings"], typed.json["ratings_known"]) == (5, 1)
+    assert typed.json["recall_at_1"] in (0, 1 / 5), "unknown items are relevant too"
+
     split = run_job("evaluate", *root, "--split", 0.2, "--min-rating", 3, *small)
     assert split.exit_code == 0, split.stderr
     assert split.json["ratings"] + split.json["ratings_fitted"] == (~unseen).sum()
@@ -89,3 +117,64 @@ def test_from_ratings_to_recommendations_and_metrics(
     assert 0 < split.json["ndcg_at_10"] <= 1
     assert store.read("models").count() == 1
     assert "exactly one" in run_job("evaluate", *root).error
+
+
+ODD_IDS = (
+    "plain",
+    'say "hi"',
+    "a,b",
+    "end\\",
+    '\\"',
+    '"quoted"',
+    "#1",
+    "é日",
+    "it's",
+    "null",
+    "01",
+    "1",
+)
+
+
+def test_odd_names_and_ids_from_ingestion_to_recommendations(spark, run_job, tmp_path):
+    """Roots, outputs and ids with quotes, commas, backslashes, blanks and marks of globs."""
+    users = (*ODD_IDS, "two\nlines", "two\r\nlines")
+    items = ("B,1", 'B"2', "B\\")
+    pairs = [(user, item) for user in users for item in items]
+    source = tmp_path / "ratings.parquet"
+    columns = {"user_id": [p[0] for p in pairs], "item_id": [p[1] for p in pairs]}
+    ratings = [float(1 + n * 7 % 5) for n in range(len(pairs))]
+    pyarrow.parquet.write_table(pa.table({**columns, "rating": ratings}), source)
+    asked = tmp_path / "asked.csv"
+    asked.write_text("request_id,scope,user_id\nr-1,user,plain\n")
+    root = tmp_path / "_a`b [1] %20 {x,y} ü'\" #?*="
+    odd = tmp_path / "_out`[1] %20{a,b}ü.csv"
+    back = tmp_path / "back.csv"
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(["nobody", *ODD_IDS])
+
+    def done(name, *arguments):
+        ended = run_job(name, "--root", root, *arguments)
+        assert ended.exit_code == 0, ended.stderr
+        return ended.json
+
+    done("ingest_ratings", "--input", source, "--format", "parquet")
+    done("train", "--set", "als.rank=2", "--set", "als.tol=0.05")
+    done("ingest_tombstones", "--input", asked)
+    assert done("unlearn", "--set", "unlearn.tau=0.5")["ratings_removed"] == len(items)
+    assert done("audit")["holds"]
+    done("recommend", "--top", 3, "--include-seen", "--output", odd)
+    some = done(
+        "recommend", "--top", 3, "--include-seen", "--output", back, "--users", line.getvalue()
+    )
+    assert some["unknown_users"] == ["nobody", "plain"]
+    left = {pair for pair in pairs if pair[0] != "plain"}
+
+    parts = [pd.read_csv(part, keep_default_na=False, dtype=str) for part in odd.glob("*.csv")]
+    read = pd.concat(parts)
+    assert set(zip(read["user_id"], read["item_id"], strict=True)) == left
+    again = formats.read_ratings(spark, str(back), "csv", {"rating": "score"}).frame.collect()
+    known = {pair for pair in left if pair[0] in ODD_IDS}
+    assert {(row.user_id, row.item_id) for row in again} == known
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in (source, asked, root, odd, back)
+    }

@@ -8,6 +8,10 @@ reaches Delta's log; deletion and lookup by id touch just their rows.
 from __future__ import annotations
 
 import datetime as dt
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,9 +21,11 @@ from chispa import assert_df_equality
 from hypothesis import given
 from hypothesis import strategies as st
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
 from unlearn_spark.errors import ConflictError, InputError, SettingsError
 from unlearn_spark.tables import formats, quarantine, ratings
+from unlearn_spark.tables.store import Store, TableSpec
 
 THREE = [("1", "31", 2.5, 1260759144), ("1", "1029", 3.0, 1260759179), ("2", "31", 4.0, 835355493)]
 
@@ -182,7 +188,7 @@ def test_a_file_that_is_of_no_use_writes_nothing(spark, store, tmp_path):
         (_file(tmp_path, "tags.csv", "userId,movieId,tag,timestamp\n"), "movielens", "MovieLens"),
         (_file(tmp_path, "n.txt", "1,2,2005-01-01\n"), "netflix", "Netflix"),
         (_file(tmp_path, "x.parquet", "no parquet at all"), "parquet", "cannot be read as parquet"),
-        (str(tmp_path / "float.parquet"), "parquet", "type double"),
+        (str(tmp_path / "float.parquet"), "parquet", "user_id is a fraction"),
         (str(two), "delta", "cannot be read as delta"),
         (str(two), "csv", "different headers"),
         (_csv(tmp_path, "bad.csv", "1,2,x,4", "1,2,y,4", ",2,1,4"), "csv", "rating is not a num"),
@@ -337,12 +343,126 @@ def test_pairs_are_found_among_those_to_delete(kind, data):
     assert is_among(*columns(asked)).to_pylist() == [pair in doomed for pair in asked]
 
 
-def test_a_table_whose_blocks_share_keys_is_refused(spark, store, tmp_path):
-    _ingest(store, _csv(tmp_path, "t.csv", "1,2,3,4"))
-    spark.sql(f"ALTER TABLE {store.name('ratings')} SET TBLPROPERTIES ('unlearn.userBlocks' = '1')")
-    users = spark.createDataFrame([(1,)], "user_id long")
+OURS = ("1,10,1,100", "1,11,2,100", "1,11,2,100")
+THEIRS = ("1,10,5,200", "2,10,4,100")
+
+
+def _ingest_as_they_do(store, tmp_path):
+    other = Store(store.spark.newSession(), root=store.root)
+    return _ingest(other, _csv(tmp_path, "theirs.csv", *THEIRS))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first ingest", "later ingest"])
+def test_an_ingest_that_another_overtakes_writes_nothing(store, tmp_path, monkeypatch, first):
+    """The other commits all it has between what ours reads of the table and what ours writes."""
+    if not first:
+        _ingest(store, _csv(tmp_path, "base.csv", "1,10,3,150"))
+    seam = "_choose_blocks" if first else "_changes"
+    original = getattr(ratings, seam)
+
+    def overtaken(*arguments):
+        monkeypatch.undo()
+        found = original(*arguments)
+        theirs = _ingest_as_they_do(store, tmp_path)
+        assert (theirs.written, theirs.superseded) == (2, 0)
+        return found
+
+    monkeypatch.setattr(ratings, seam, overtaken)
+    source = _csv(tmp_path, "ours.csv", *OURS)
+    with pytest.raises(ConflictError, match=r"table ratings.*run this job again"):
+        _ingest(store, source)
+    after = 1 if first else 2
+    state = {(1, 10): (5.0, 200, after), (2, 10): (4.0, 100, after)}
+    assert _table(store) == state
+    again = _ingest(store, source)
+    assert (again.read, again.written, again.superseded, again.quarantined) == (3, 1, 2, 0)
+    assert ratings.read(store).count() == 3
+    assert _table(store) == {**state, (1, 11): (2.0, 100, after + 1)}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first ingest", "later ingest"])
+def test_of_two_ingests_side_by_side_one_fails(store, tmp_path, monkeypatch, first):
+    """The other commits while ours writes, to other blocks of the table where there is one."""
+    closed, reached = tmp_path / "closed", tmp_path / "reached"
+
+    def wait(batches):
+        for batch in batches:
+            while closed.exists():
+                reached.touch()
+                time.sleep(0.05)
+            yield batch
+
+    def at_the_gate(frame):
+        return frame.coalesce(1).mapInArrow(wait, frame.schema)
+
+    def is_ours():
+        return threading.current_thread() is not threading.main_thread()
+
+    def blocks(n_ratings):
+        if is_ours():
+            closed.touch()
+        return 64
+
+    numbered, few = ratings._numbered, ratings._few
+
+    def few_and_closed(rows, *columns):
+        found = few(rows, *columns)
+        if is_ours() and columns == ("user_key",):
+            rows.unpersist()  # the merge makes them anew
+            closed.touch()
+        return found
+
+    def numbered_at_the_gate(rows, version):
+        rows = numbered(rows, version)
+        return at_the_gate(rows) if is_ours() and not first else rows
+
+    monkeypatch.setattr(ratings, "_choose_blocks", blocks)
+    monkeypatch.setattr(ratings, "_numbered", numbered_at_the_gate)
+    monkeypatch.setattr(ratings, "_few", few_and_closed)
+    if not first:
+        _ingest(store, _csv(tmp_path, "base.csv", "3,10,3,150"))
+    ours = formats.read_ratings(store.spark, _csv(tmp_path, "ours.csv", "1,10,1,100"), "csv")
+    if first:
+        ours = replace(ours, frame=at_the_gate(ours.frame))
+    theirs = _csv(tmp_path, "theirs.csv", "2,10,4,100")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ratings.ingest, store, ours)
+        try:
+            while not reached.exists():
+                assert not running.done(), running.result()
+                time.sleep(0.05)
+            _ingest(Store(store.spark.newSession(), root=store.root), theirs)
+        finally:
+            closed.unlink(missing_ok=True)
+        with pytest.raises(ConflictError, match=r"table ratings.*run this job again"):
+            running.result()
+    base = {} if first else {(3, 10): (3.0, 150, 1)}
+    after = 1 if first else 2
+    assert _table(store) == {**base, (2, 10): (4.0, 100, after)}
+
+
+def test_what_a_dead_first_ingest_left_is_no_hindrance(spark, store, tmp_path):
+    """Files and a log, but no commit; and, by an earlier version, a table without a row."""
+    left = Path(store.location("ratings"))
+    (left / "_delta_log").mkdir(parents=True)
+    (left / "_delta_log" / ".00000000000000000000.json.0.tmp").touch()
+    (left / "user_block=0").mkdir()
+    pa.parquet.write_table(pa.table({"user_id": [1.5]}), left / "user_block=0" / "part-0.parquet")
+    assert not store.exists("ratings")
+    assert _ingest(store, _csv(tmp_path, "texts.csv", "ada,B1,3,4")).written == 1
+    assert _table(store) == {("ada", "B1"): (3.0, 4, 1)}
+
+    other = Store(spark, root=str(tmp_path / "other"))
+    fields = [T.StructField(f.name, f.dataType) for f in ratings.read(store).schema.fields]
+    other.create("ratings", TableSpec(T.StructType(fields), partition_by=("user_block",)))
+    users = spark.createDataFrame([("ada",)], "user_id string")
     with pytest.raises(InputError, match="table ratings has the layout of an earlier version"):
-        ratings.covering(store, users)
+        ratings.covering(other, users)
+    name = other.name("ratings")
+    spark.sql(f"ALTER TABLE {name} SET TBLPROPERTIES ('{ratings.USER_BLOCKS}' = '2')")
+    assert _ingest(other, _csv(tmp_path, "texts.csv", "ada,B1,3,4")).written == 1
+    assert _table(other) == {("ada", "B1"): (3.0, 4, 3)}
+    assert ratings.covering(other, users).count() == 1
 
 
 def _pages(spark, file, column):

@@ -10,6 +10,7 @@ import pytest
 from pyspark.sql.types import IntegerType, StructField, StructType
 
 from unlearn_spark import publishing
+from unlearn_spark.errors import ConflictError, SettingsError, TableMissingError
 from unlearn_spark.tables.store import Store, TableSpec
 
 TABLE = "figures"
@@ -22,10 +23,10 @@ def tables(request: Any, spark: Any, tmp_path: Path) -> Iterator[Store]:
     if request.param == "root":
         yield Store(spark, root=str(tmp_path))
         return
-    schema = f"figures_{tmp_path.name.replace('-', '_')}"
-    spark.sql(f"CREATE SCHEMA {schema} LOCATION '{tmp_path}'")
-    yield Store(spark, catalog=schema)
-    spark.sql(f"DROP SCHEMA {schema} CASCADE")
+    schema = "1e5"  # a number, unless it is quoted
+    spark.sql(f"CREATE SCHEMA `{schema}` LOCATION '{tmp_path}'")
+    yield Store(spark, catalog=f"spark_catalog.{schema}")
+    spark.sql(f"DROP SCHEMA `{schema}` CASCADE")
 
 
 def _numbers(store: Store, version: int) -> set[int]:
@@ -56,3 +57,33 @@ def test_writers_at_the_same_time_learn_their_own_versions(tables: Store) -> Non
     for n in numbers:
         mine = versions[str(n)]
         assert _numbers(tables, mine) - _numbers(tables, mine - 1) == {n}
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_table_is_there_once_it_has_a_commit(spark: Any, tmp_path: Path, scheme: str) -> None:
+    """Not yet when a job has died creating it; still when its first commits are cleaned away."""
+    store = Store(spark, root=f"{scheme}{tmp_path}")
+    log = tmp_path / TABLE / "_delta_log"
+    log.mkdir(parents=True)
+    (log / ".00000000000000000000.json.0.tmp").touch()
+    (tmp_path / TABLE / "part-0.parquet").touch()
+    assert not store.exists(TABLE)
+    for ask in (store.require, store.read, store.version):
+        with pytest.raises(TableMissingError, match=f"table {TABLE} is missing"):
+            ask(TABLE)
+    store.create(TABLE, SPEC)
+    store.create(TABLE, SPEC)
+    assert store.exists(TABLE)
+    assert store.version(TABLE) == store.restore(TABLE, 0) == 0
+    assert store.append(TABLE, spark.range(3).selectExpr("int(id) AS n")) == 1
+    with pytest.raises(ConflictError, match="run this job again"):
+        store.create_with(TABLE, SPEC, spark.range(3).selectExpr("int(id) AS n"))
+    assert _numbers(store, 1) == {0, 1, 2}
+    properties = spark.sql(f"SHOW TBLPROPERTIES {store.name(TABLE)}").collect()
+    assert ("delta.checkpointInterval", "20") in {(row.key, row.value) for row in properties}
+
+
+@pytest.mark.parametrize("catalog", ["nowhere", "no-where.a b", "too.many.parts", "`"])
+def test_a_catalog_without_that_schema_is_named(spark: Any, catalog: str) -> None:
+    with pytest.raises(SettingsError, match=f"catalog {catalog}: there is no such schema"):
+        Store(spark, catalog=catalog)

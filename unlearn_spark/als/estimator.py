@@ -16,12 +16,14 @@ early once no factor row's relative residual exceeds `tol`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pydantic import ValidationError
 from pyspark import keyword_only
+from pyspark.errors import AnalysisException
 from pyspark.ml import Estimator, Model
 from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.param.shared import (
@@ -45,13 +47,14 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, FloatType, StructField, StructType
 from pyspark.storagelevel import StorageLevel
 
-from unlearn_spark.als.scoring import predict_pairs, quoted, require_ids, top_n
+from unlearn_spark.als.scoring import predict_pairs, require_ids, top_n
+from unlearn_spark.als.spark import quoted
 from unlearn_spark.als.training import TrainingSummary, fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError, SettingsError
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from pyspark.sql import DataFrame, SparkSession
 
 _SETTINGS = {
     "rank": "rank",
@@ -240,13 +243,45 @@ class _Writer(MLWriter):
             summary = self.instance.summary
             extra = {"rank": self.instance.rank, "summary": summary and asdict(summary)}
             # As in MLlib, whose readers find them under the same names.
-            self.instance.userFactors.write.mode(mode).parquet(f"{path}/userFactors")
-            self.instance.itemFactors.write.mode(mode).parquet(f"{path}/itemFactors")
+            factors = {
+                f"{path}/userFactors": self.instance.userFactors,
+                f"{path}/itemFactors": self.instance.itemFactors,
+            }
+            for place, rows in factors.items():
+                if set(rows.inputFiles()) & _files(spark, place):
+                    raise InputError(f"{path}: the model is read from there; save it elsewhere")
+            # Without metadata there is no model: none of old and new parts, if this dies.
+            self._write_metadata(path, [], mode)
+            for place, rows in factors.items():
+                rows.write.mode(mode).parquet(place)
+            mode = "overwrite"
         text = DefaultParamsWriter._get_metadata_to_save(self.instance, spark, extra)
-        # Last: a directory without metadata is no model.
+        self._write_metadata(path, [text], mode)
+
+    def _write_metadata(self, path: str, lines: list[str], mode: str) -> None:
         # By way of Arrow for the same reason as `Store.frame`.
-        metadata = spark.createDataFrame(pa.table({"value": [text]})).coalesce(1)
+        table = pa.table({"value": pa.array(lines, pa.string())})
+        metadata = self.sparkSession.createDataFrame(table).coalesce(1)
         metadata.write.mode(mode).text(f"{path}/metadata")
+
+
+def _files(spark: SparkSession, path: str) -> set[str]:
+    """What a folder of Parquet consists of, as `DataFrame.inputFiles` names it."""
+    try:
+        return set(spark.read.parquet(path).inputFiles())
+    except AnalysisException:  # there is none
+        return set()
+
+
+def _first_line(spark: SparkSession, path: str) -> str | None:
+    """Of a folder of text; None where that has no line or is missing."""
+    try:
+        row = spark.read.text(path).first()
+    except AnalysisException as error:
+        if error.getCondition() != "PATH_NOT_FOUND":
+            raise
+        return None
+    return None if row is None else str(row["value"])
 
 
 class _ModelReader(MLReader["ALSModel"]):
@@ -258,10 +293,13 @@ class _ModelReader(MLReader["ALSModel"]):
         Raises
         ------
         InputError
-            Something else than an ALSModel of this package is stored there.
+            Nothing is stored there, or something else than an ALSModel of this package.
         """
         spark = self.sparkSession
-        metadata = DefaultParamsReader.loadMetadata(path, spark)
+        line = _first_line(spark, f"{path}/metadata")
+        if line is None:
+            raise InputError(f"{path}: no model here, or saving it never ended; save it again")
+        metadata = json.loads(line)
         expected = f"{ALSModel.__module__}.{ALSModel.__name__}"
         if metadata["class"] != expected:
             raise InputError(

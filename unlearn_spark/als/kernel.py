@@ -308,13 +308,17 @@ def target_magnitudes(
         Rows by the binary exponent e of their magnitude, which is in [2^e, 2^(e + 1)), without
         those that have no target but 0. Counts of a side's parts add up to those of the side.
     """
-    d = objective.confidences(values.astype(np.float64))[1]
     counts = np.diff(indptr)
-    filled = counts > 0
-    squares = np.add.reduceat(d * d, indptr[:-1][filled]) if filled.any() else np.zeros(0)
+    squares = np.zeros(len(counts))
+    for first, last in _row_chunks(indptr, SCRATCH_BYTES // 128):
+        filled = first + np.flatnonzero(counts[first:last])
+        if len(filled):
+            part = values[indptr[first] : indptr[last]].astype(np.float64)
+            d = objective.confidences(part)[1]
+            squares[filled] = np.add.reduceat(d * d, indptr[filled] - indptr[first])
     magnitudes = np.sqrt(squares)
     if not objective.implicit_prefs:
-        magnitudes = magnitudes * np.sqrt(np.sqrt(squares / counts[filled]))
+        magnitudes *= np.sqrt(np.sqrt(squares / np.maximum(counts, 1)))
     _, exponents = np.frexp(magnitudes[magnitudes > 0])
     found, rows = np.unique(exponents - 1, return_counts=True)
     return Counter(dict(zip(found.tolist(), rows.tolist(), strict=True)))

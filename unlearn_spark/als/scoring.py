@@ -26,11 +26,18 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from unlearn_spark.als.spark import arrays_of, balanced_keys, binary_table, block_of, matrix_of
+from unlearn_spark.als.spark import (
+    arrays_of,
+    balanced_keys,
+    binary_table,
+    block_of,
+    matrix_of,
+    quoted,
+)
 from unlearn_spark.errors import InputError
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from pyspark.sql import Column, DataFrame
 
 QUERY_ROWS = 4096
 """Query rows of one block."""
@@ -177,8 +184,7 @@ def top_n(
         )
     else:
         pairs = exclude.select(
-            F.col("query_id").cast(types["id"]).alias("query_id"),
-            F.col("candidate_id").cast(types["candidate"]).alias("candidate_id"),
+            _exactly("query_id", types["id"]), _exactly("candidate_id", types["candidate"])
         ).dropna()
         if n_query_blocks == 1:
             # A handful of queries: do not move everybody's pairs.
@@ -197,6 +203,12 @@ def top_n(
             .applyInArrow(_excluding_block_scorer(n, shape), result)
         )
     return parts if n_blocks == 1 else _merged(parts, n, result)
+
+
+def _exactly(column: str, kind: DataType) -> Column:
+    """The values of a column in this type; null where it has none that equals the value."""
+    value = F.col(column).try_cast(kind)
+    return F.when(value == F.col(column), value).alias(column)
 
 
 def _result_type(query_type: DataType, candidate_type: DataType) -> StructType:
@@ -403,11 +415,6 @@ def predict_pairs(
     kept = [F.col(quoted(name)) for name in pairs.columns]
     product = dot("__user_factors", "__item_factors").alias(prediction_col)
     return joined.select(*kept, product)
-
-
-def quoted(name: str) -> str:
-    """A column's name as an expression, whatever characters are in it."""
-    return "`" + name.replace("`", "``") + "`"
 
 
 def require_ids(frame: DataFrame, column: str, factors: DataFrame) -> None:

@@ -253,6 +253,11 @@ def block_of(id: str, n_blocks: int) -> Column:
     return F.pmod(F.xxhash64(id), F.lit(n_blocks)).cast("int")
 
 
+def quoted(name: str) -> str:
+    """A name as SQL and expressions write it, whatever characters are in it."""
+    return "`" + name.replace("`", "``") + "`"
+
+
 def one_of(column: str, numbers: Iterable[int]) -> str:
     """SQL for: an integer column has one of these values. In this form files are skipped by it."""
     listed = ", ".join(map(str, sorted(numbers)))

@@ -19,6 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from unlearn_spark.errors import InputError, SettingsError
+from unlearn_spark.preconditions import require_local_file
 
 TRUE_RANK = 10
 """Rank of the taste that the ratings show."""
@@ -71,6 +72,7 @@ def write(users: int, items: int, ratings: int, seed: int, output: str | Path) -
         )
     if seed < 0:
         raise SettingsError(f"--seed {seed}: expected 0 or more")
+    require_local_file("--output", str(output))
     path = Path(output)
     opened = _WRITERS.get(path.suffix.lower())
     if opened is None:

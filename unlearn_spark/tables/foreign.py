@@ -27,7 +27,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from unlearn_spark.errors import InputError, SettingsError
-from unlearn_spark.tables.formats import check_exists, explained
+from unlearn_spark.tables.formats import check_exists, explained, read_table, text_of
 from unlearn_spark.unlearning.requests import typed_id
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def read_factors(
         One of `FORMATS`.
     id_types
         By side ("user", "item") the type that ids must have: string or bigint. Integers become
-        text, and text becomes the integer that is written just so (007 is none). By default ids
+        text, and text becomes the integer that is written just so (007 is none), both without
+        the white space around it. By default ids
         stay text or become bigint, as they are.
 
     Raises
@@ -134,8 +135,7 @@ def _first_found(
         place = f"{path}/{name}"
         with explained(place, "parquet"):
             try:
-                rows = spark.read.parquet(place)
-                _ = rows.schema  # Connect looks for the files now
+                rows = read_table(spark, place, "parquet")
             except AnalysisException as error:
                 if error.getCondition() != "PATH_NOT_FOUND":
                     raise
@@ -300,6 +300,7 @@ def _checked(rows: DataFrame, place: str, wanted: T.DataType | None) -> tuple[Da
         found = typed.agg(
             F.count(F.lit(1)).alias("rows"),
             F.count_if(F.col("given").isNull()).alias("null_ids"),
+            F.count_if("garbled").alias("garbled"),
             F.count_if(F.col("given").isNotNull() & F.col("id").isNull()).alias("foreign_ids"),
             F.count_distinct("given").alias("ids"),
             F.count_if(F.col("factors").isNull()).alias("null_rows"),
@@ -311,6 +312,10 @@ def _checked(rows: DataFrame, place: str, wanted: T.DataType | None) -> tuple[Da
     for wrong, problem in (
         (found["rows"] == 0, "has no rows; give a model that was fitted"),
         (found["null_ids"], f"rows without an id: {found['null_ids']}; remove them"),
+        (
+            found["garbled"],
+            f"ids that are not valid UTF-8: {found['garbled']}; export the model again",
+        ),
         (found["null_rows"], f"rows without factors: {found['null_rows']}; remove them"),
         (
             found["foreign_ids"],
@@ -341,9 +346,12 @@ def _checked(rows: DataFrame, place: str, wanted: T.DataType | None) -> tuple[Da
 
 
 def _typed(rows: DataFrame, wanted: T.DataType | None) -> DataFrame:
-    """id (null where it has no value of that type), given (the id as read), factors."""
-    given = rows.schema["id"].dataType
-    id = F.col("id")
-    if wanted is not None and type(given) is not type(wanted):
-        id = typed_id(id, wanted) if isinstance(given, T.StringType) else id.cast(wanted)
-    return rows.select(id.alias("id"), F.col("id").alias("given"), "factors")
+    """id (null where it has no value of that type), given (the id as read, without white space),
+    garbled (the id is not valid UTF-8), factors."""
+    is_text = isinstance(rows.schema["id"].dataType, T.StringType)
+    given, problem = text_of(F.col("id")) if is_text else (F.col("id"), F.lit(None))
+    rows = rows.select(given.alias("given"), problem.isNotNull().alias("garbled"), "factors")
+    id = F.col("given")
+    if wanted is not None and is_text != isinstance(wanted, T.StringType):
+        id = typed_id(id, wanted) if is_text else id.cast(wanted)
+    return rows.select(id.alias("id"), "given", "garbled", "factors")

@@ -1,14 +1,23 @@
 """Rating files as one kind of DataFrame: what a row says, and what is wrong with it.
 
 Every format becomes the columns of `RawRatings.frame`. A row that cannot be used keeps its text
-and gets a `problem`; a file that cannot be used at all raises `InputError`.
+and gets a `problem`; a file that cannot be used at all raises `InputError`. Files of deletion
+requests are read by the same rules (`tombstones`):
+
+- White space around a value is no part of it (`trimmed`); an id of which nothing is left is
+  missing.
+- Text is UTF-8. A row with other bytes is refused, for they all become U+FFFD, which would make
+  one id of several.
+- An id is text or an integer. A number that is a fraction, or too large to be told from its
+  neighbours, is refused; text is never read as a number.
+- A column is found whatever the case of its name.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +26,9 @@ from typing import TYPE_CHECKING
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from unlearn_spark.als.spark import session_conf
 from unlearn_spark.errors import InputError, SettingsError
-from unlearn_spark.preconditions import is_remote
+from unlearn_spark.preconditions import for_spark, is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,6 +41,10 @@ WRONG_WIDTH = "wrong number of columns"
 NO_MOVIE = "rating stands before any movie line"
 BAD_TIME = "rated_at is neither ISO 8601 nor seconds since 1970"
 TIME_RANGE = "rated_at is outside the years 1 to 9999 (are these milliseconds?)"
+NOT_UTF8 = "is not valid UTF-8, or has the character U+FFFD that stands for such bytes"
+INEXACT_ID = "{column} is a fraction, or too large a number to be exact"
+FOREIGN_ID = "{column} is not an integer as in the table"
+"""Of an id that cannot be one of the ratings table, whose ids are integers."""
 
 _MOVIELENS_HEADER = ["userid", "movieid", "rating", "timestamp"]
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
@@ -42,6 +56,13 @@ _FIRST_SECOND, _LAST_SECOND = -62135596800, 253402300799  # years 1 and 9999
 _UNUSED_SEPARATOR = "\x01"
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 _INTEGRAL = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)
+_TIMES = (T.TimestampType, T.TimestampNTZType, T.DateType, T.NumericType, T.StringType)
+# Unicode's white space, and two that have no width: U+200B, and U+FEFF, the mark of UTF-8 files.
+_WHITE_SPACE = (
+    "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007"
+    "\u2008\u2009\u200a\u200b\u2028\u2029\u202f\u205f\u3000\ufeff"
+)
+_REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -120,7 +141,7 @@ def read_ratings(
     check_exists(path)
     if format in ("parquet", "delta"):
         with explained(path, format):
-            rows = spark.read.format(format).load(path)
+            rows = read_table(spark, path, format, [columns.get("rated_at", "rated_at")])
             return _from_table(rows, path, columns)
     with explained(path, format):
         first = first_line(spark, path)
@@ -135,14 +156,15 @@ def read_ratings(
 
 def check_exists(path: str) -> None:
     """Raise InputError where a local path that is no glob is missing or out of reach."""
-    if is_remote(path) or any(mark in path for mark in "*?[{"):
+    if is_remote(path):
         return
     try:
         Path(path).stat()
     except PermissionError as error:
         raise InputError(f"--input {path}: not readable; check its permissions") from error
     except OSError as error:
-        raise InputError(f"--input {path}: no such file or folder; check the path") from error
+        if not any(mark in path for mark in "*?[{"):
+            raise InputError(f"--input {path}: no such file or folder; check the path") from error
 
 
 @contextmanager
@@ -152,10 +174,31 @@ def explained(path: str, format: str) -> Iterator[None]:
         yield
     except Exception as error:
         text = str(error)
+        unread = re.search(r"(?:reading file|footer for file:) (.+?)\.\s+[A-Z]", text)
+        name = unread[1].rpartition("/")[2] if unread else ""
+        if ":" in name and not is_remote(path):
+            raise InputError(
+                f"--input {path}: Hadoop cannot read names with a colon, as {name}; rename it"
+            ) from error
+        if "UNABLE_TO_INFER_SCHEMA" in text and _is_hidden(path):
+            raise InputError(f"--input {path}: {_HIDDEN}") from error
         for marks, mend in _COMPLAINTS:
             if any(mark in text for mark in marks):
                 raise InputError(f"--input {path}: {mend.format(format=format)}") from error
         raise
+
+
+_HIDDEN = "Spark skips files whose names begin with _ or .; rename what is to be read"
+
+
+def _is_hidden(path: str) -> bool:
+    """Has a local path files, but none that Spark would read?"""
+    top = Path(path)
+    if is_remote(path) or not top.exists():
+        return False
+    files = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
+    parts = [file.relative_to(top).parts if top.is_dir() else (file.name,) for file in files]
+    return bool(files) and all(any(part[0] in "_." for part in names) for names in parts)
 
 
 _COMPLAINTS = (
@@ -164,6 +207,18 @@ _COMPLAINTS = (
     (
         ("CSV header does not conform", "CSV header"),
         "its files have different headers; make them alike or read them one by one",
+    ),
+    (
+        ("COLUMN_ALREADY_EXISTS",),
+        "has columns whose names differ only in case; rename all but one",
+    ),
+    (
+        ("PARQUET_COLUMN_DATA_TYPE_MISMATCH",),
+        "its files hold a column in different types; write them alike or read them one by one",
+    ),
+    (
+        ("PARQUET_TYPE_ILLEGAL", "PARQUET_TYPE_NOT_SUPPORTED", "PARQUET_TYPE_NOT_RECOGNIZED"),
+        "has a column of a type that Spark cannot read; write it without that column",
     ),
     (
         (
@@ -186,16 +241,25 @@ _COMPLAINTS = (
 
 def first_line(spark: SparkSession, path: str) -> str:
     """The first line that is not blank; raises InputError where there is none, or no text."""
-    found = spark.read.text(path).where(
-        (F.col("_metadata.file_block_start") == 0) & (F.trim("value") != "")
+    found = _text(spark, path).where(
+        (F.col("_metadata.file_block_start") == 0) & (F.trim("raw") != "")
     )
-    row = found.select("value").first()
+    row = found.select("raw").first()
+    if row is None and _is_hidden(path):
+        raise InputError(f"--input {path}: {_HIDDEN}")
     if row is None:
         raise InputError(f"--input {path}: is empty; give a file with some rows")
-    line = str(row["value"])
+    line = str(row["raw"])
     if _CONTROL.search(line):
         raise InputError(f"--input {path}: is no text in UTF-8; check --format and the encoding")
     return line
+
+
+def _text(spark: SparkSession, path: str) -> DataFrame:
+    """raw, each line of the files, in which U+FFFD stands for bytes that are not UTF-8; and the
+    column _metadata of files."""
+    rows = spark.read.text(for_spark(path))
+    return rows.withColumn("raw", F.make_valid_utf8("value"))
 
 
 def header_names(path: str, header: str) -> list[str]:
@@ -240,7 +304,7 @@ def _from_movielens(spark: SparkSession, path: str, first: str) -> RawRatings:
 
 def lines(spark: SparkSession, path: str) -> DataFrame:
     """raw of every line that is not blank."""
-    return spark.read.text(path).select(F.col("value").alias("raw")).where(F.trim("raw") != "")
+    return _text(spark, path).select("raw").where(F.trim("raw") != "")
 
 
 def lines_below_header(spark: SparkSession, path: str, header: str) -> DataFrame:
@@ -251,8 +315,11 @@ def lines_below_header(spark: SparkSession, path: str, header: str) -> DataFrame
     reader = spark.read.schema(schema).options(
         header=True, enforceSchema=False, sep=_UNUSED_SEPARATOR, quote="", encoding="UTF-8"
     )
-    quoted = "`" + header.replace("`", "``") + "`"
-    return reader.csv(path).select(F.col(quoted).alias("raw")).where(F.trim("raw") != "")
+    return (
+        reader.csv(for_spark(path))
+        .select(F.col(quoted(header)).alias("raw"))
+        .where(F.trim("raw") != "")
+    )
 
 
 def csv_fields(width: int) -> Column:
@@ -273,13 +340,16 @@ def csv_fields(width: int) -> Column:
 def _from_fields(
     rows: DataFrame, path: str, fields: Column, where: Mapping[str, int]
 ) -> RawRatings:
-    split = rows.select("raw", fields.alias("fields"))
+    split = rows.select("raw", fields.alias("fields"), is_unusual(F.col("raw")).alias("unusual"))
     texts = {
-        part: F.trim(F.col("fields")[where[part]]) if part in where else F.lit(None).cast("string")
+        part: trimmed(F.col("fields")[where[part]], F.col("unusual"))
+        if part in where
+        else F.lit(None).cast("string")
         for part in COLUMNS
     }
     width = F.when(F.col("fields").isNull(), WRONG_WIDTH)
-    return _from_texts(split, texts, path, width)
+    problem = F.coalesce(not_utf8(F.col("raw"), F.col("unusual")), width)
+    return _from_texts(split, texts, path, problem)
 
 
 def _from_texts(
@@ -302,8 +372,8 @@ def _from_netflix(spark: SparkSession, path: str, first: str) -> RawRatings:
         raise InputError(
             f"--input {path}: is no Netflix Prize file; its first line should be a movie, as 123:"
         )
-    text = spark.read.text(path).select(
-        "value",
+    text = _text(spark, path).select(
+        F.col("raw").alias("value"),
         F.col("_metadata.file_path").alias("file"),
         F.col("_metadata.file_block_start").alias("start"),
     )
@@ -334,14 +404,13 @@ def _from_netflix(spark: SparkSession, path: str, first: str) -> RawRatings:
         F.concat("movie", F.lit(":"), "line").alias("raw"),
         "movie",
         F.when(F.size(fields) == 3, fields).alias("fields"),
+    ).withColumn("unusual", is_unusual(F.col("raw")))
+    user, rating, time = (trimmed(F.col("fields")[n], F.col("unusual")) for n in range(3))
+    texts = {"user_id": user, "item_id": F.col("movie"), "rating": rating, "rated_at": time}
+    problem = F.coalesce(
+        not_utf8(F.col("raw"), F.col("unusual")),
+        F.when(F.col("fields").isNull(), WRONG_WIDTH).when(F.col("movie") == "", NO_MOVIE),
     )
-    texts = {
-        "user_id": F.trim(F.col("fields")[0]),
-        "item_id": F.col("movie"),
-        "rating": F.trim(F.col("fields")[1]),
-        "rated_at": F.trim(F.col("fields")[2]),
-    }
-    problem = F.when(F.col("fields").isNull(), WRONG_WIDTH).when(F.col("movie") == "", NO_MOVIE)
     return _from_texts(rows, texts, path, problem)
 
 
@@ -387,65 +456,261 @@ def _attach_movies(
 # --- tables ---------------------------------------------------------------------------------
 
 
+def read_table(spark: SparkSession, path: str, format: str, times: Iterable[str] = ()) -> DataFrame:
+    """The rows of Parquet files or of a Delta table.
+
+    Of Parquet files: integers of all widths become bigint, so that files may differ in it. The
+    values of folders `name=value` are text: an id keeps its leading zeros. Nanoseconds since 1970,
+    which Spark knows as bigint only, become timestamps in the columns that `times` names.
+
+    Raises
+    ------
+    InputError
+        The files count such a column in different units.
+    """
+    if format == "delta":
+        return spark.read.format("delta").load(for_spark(path, glob=False))
+    place = for_spark(path)
+    nanoseconds = False
+    with session_conf(spark, {"spark.sql.sources.partitionColumnTypeInference.enabled": "false"}):
+        try:
+            found = spark.read.parquet(place).schema
+        except Exception as error:
+            if "PARQUET_TYPE_ILLEGAL" not in str(error):
+                raise
+            nanoseconds = True
+            with session_conf(spark, {"spark.sql.legacy.parquet.nanosAsLong": "true"}):
+                found = spark.read.parquet(place).schema
+    # With a schema of its own the frame depends no more on these settings, which Connect would look
+    # at again in every plan.
+    fields = [
+        T.StructField(field.name, T.LongType())
+        if isinstance(field.dataType, _INTEGRAL)
+        else T.StructField(field.name, field.dataType)
+        for field in found.fields
+    ]
+    rows = spark.read.schema(T.StructType(fields)).parquet(place)
+    wanted = {name.lower() for name in times}
+    for field in fields if nanoseconds else ():
+        if field.name.lower() in wanted and _is_in_nanoseconds(spark, path, field):
+            time = F.timestamp_micros(F.expr(f"{quoted(field.name)} div 1000"))
+            rows = rows.withColumn(field.name, time)
+    return rows
+
+
+def _is_in_nanoseconds(spark: SparkSession, path: str, field: T.StructField) -> bool:
+    """Whether a column that is read as bigint counts nanoseconds, by what else it can be read as:
+    decimal, where it is an integer; a timestamp, where it counts microseconds; else neither."""
+
+    def can_be(kind: T.DataType) -> bool:
+        schema = T.StructType([T.StructField(field.name, kind)])
+        reader = spark.read.schema(schema).option("ignoreCorruptFiles", True)
+        rows = reader.parquet(for_spark(path)).select(F.col(quoted(field.name)).isNull())
+        return rows.first() is not None  # `isEmpty` would not look at the column
+
+    if not isinstance(field.dataType, T.LongType):
+        return False
+    if can_be(T.TimestampType()):
+        raise InputError(
+            f"--input {path}: its files count {field.name} in different units; "
+            "write them alike or read them one by one"
+        )
+    return not can_be(T.DecimalType(20, 0))
+
+
 def _from_table(rows: DataFrame, path: str, columns: Mapping[str, str]) -> RawRatings:
+    names = {part: columns.get(part, part) for part in COLUMNS}
     where = _locate(rows.columns, columns, path)
-    fields = rows.schema.fields
-    chosen = rows.select(
-        *[
-            F.col("`" + fields[index].name.replace("`", "``") + "`").alias(part)
-            for part, index in where.items()
-        ]
-    )
+    chosen = rows.select(*[F.col(quoted(rows.columns[n])).alias(part) for part, n in where.items()])
     if "rated_at" not in where:
         chosen = chosen.withColumn("rated_at", F.lit(None).cast("timestamp"))
     kinds = {field.name: field.dataType for field in chosen.schema.fields}
-    for part in ("user_id", "item_id"):
-        kind = kinds[part]
-        if not isinstance(kind, (*_INTEGRAL, T.StringType)):
-            raise InputError(
-                f"--input {path}: column {columns.get(part, part)} has type {kind.simpleString()}; "
-                "ids must be string or integer, cast it first"
-            )
-        if not isinstance(kind, T.StringType):
-            chosen = chosen.withColumn(part, F.col(part).cast("bigint"))
     if not isinstance(kinds["rating"], (T.NumericType, T.StringType)):
         raise InputError(
-            f"--input {path}: column {columns.get('rating', 'rating')} has type "
+            f"--input {path}: column {names['rating']} has type "
             f"{kinds['rating'].simpleString()}; ratings must be numbers"
         )
-    times = (T.TimestampType, T.TimestampNTZType, T.DateType, T.NumericType, T.StringType)
-    if not isinstance(kinds["rated_at"], times):
-        raise InputError(
-            f"--input {path}: column {columns.get('rated_at', 'rated_at')} has type "
-            f"{kinds['rated_at'].simpleString()}; times must be timestamps, text or seconds"
+    require_times(kinds["rated_at"], names["rated_at"], path)
+    # Columns of their own: where an expression is asked for in several places, Spark repeats it.
+    unusual = {
+        part: is_unusual(F.col(part).cast("string")).alias(f"{part} is unusual")
+        for part in COLUMNS
+        if isinstance(kinds[part], T.StringType)
+    }
+    chosen = chosen.select(*COLUMNS, *unusual.values())
+    unusual = {part: F.col(f"{part} is unusual") for part in unusual}
+    ids, problems = {}, []
+    for part in ("user_id", "item_id"):
+        ids[part], problem = id_of(
+            F.col(part), kinds[part], part, names[part], path, unusual.get(part)
         )
+        problems.append(problem)
+    texts = {
+        part: text_of(F.col(part), unusual[part])[0] if part in unusual else F.col(part)
+        for part in ("rating", "rated_at")
+    }
     named = chosen.select(
         F.to_json(F.struct(*COLUMNS), {"ignoreNullFields": "false"}).alias("raw"),
-        F.lit(None).cast("string").alias("earlier"),
-        *COLUMNS,
+        F.coalesce(*problems).alias("earlier"),
+        *[value.alias(part) for part, value in {**ids, **texts}.items()],
     )
     return RawRatings(_judged(named), path, text_ids=False)
 
 
+def quoted(name: str) -> str:
+    """A column's name as Spark parses it."""
+    return "`" + name.replace("`", "``") + "`"
+
+
 def _locate(names: list[str], columns: Mapping[str, str], path: str) -> dict[str, int]:
-    """By part the index of its column."""
+    wanted = {part: columns.get(part, part) for part in COLUMNS}
+    optional = () if "rated_at" in columns else ("rated_at",)
+    return locate(names, wanted, optional, path, "name it with --columns {part}=...")
+
+
+def locate(
+    names: list[str],
+    wanted: Mapping[str, str],
+    optional: Collection[str],
+    path: str,
+    mend: str,
+) -> dict[str, int]:
+    """By part the index of its column, whatever the case of its name.
+
+    Parameters
+    ----------
+    names
+        The columns that there are.
+    wanted
+        By part the name of its column.
+    optional
+        Parts that may be absent.
+    mend
+        What to do about a missing column; `{part}` is filled in.
+
+    Raises
+    ------
+    InputError
+        A part is absent that is not optional, or has two columns.
+    """
     where = {}
-    for part in COLUMNS:
-        name = columns.get(part, part)
-        if names.count(name) > 1:
-            raise InputError(f"--input {path}: has two columns {name}; rename one")
-        if name in names:
-            where[part] = names.index(name)
-        elif part != "rated_at" or part in columns:
+    for part, name in wanted.items():
+        found = [n for n, other in enumerate(names) if other.lower() == name.lower()]
+        if len(found) > 1:
+            these = sorted({names[n] for n in found})
+            raise InputError(f"--input {path}: has two columns {' and '.join(these)}; rename one")
+        if found:
+            where[part] = found[0]
+        elif part not in optional:
             shown = ", ".join(names[:8])[:120]
             raise InputError(
-                f"--input {path}: has no column {name} (found: {shown}); "
-                f"name it with --columns {part}=..."
+                f"--input {path}: has no column {name} (found: {shown}); {mend.format(part=part)}"
             )
     return where
 
 
 # --- values ---------------------------------------------------------------------------------
+
+
+def is_unusual(text: Column) -> Column:
+    """Has it other characters than those of printable ASCII?
+
+    Only then can it have other white space than blanks, or bytes that are not UTF-8. To ask this
+    first takes less time than to look for them in every row.
+    """
+    return text.rlike("[^ -~]")
+
+
+def trimmed(text: Column, unusual: Column | None = None) -> Column:
+    """Text without the white space around it.
+
+    Parameters
+    ----------
+    unusual
+        `is_unusual` of the text, or of a line that it is part of.
+    """
+    unusual = is_unusual(text) if unusual is None else unusual
+    return F.when(unusual, F.btrim(text, F.lit(_WHITE_SPACE))).otherwise(F.trim(text))
+
+
+def not_utf8(text: Column, unusual: Column) -> Column:
+    """The problem of text in which U+FFFD stands for bytes that were not UTF-8; null without it."""
+    return F.when(unusual & F.contains(text, F.lit(_REPLACEMENT)), NOT_UTF8)
+
+
+def text_of(value: Column, unusual: Column | None = None) -> tuple[Column, Column]:
+    """What a string column of a table says, null where that is nothing; and its problem.
+
+    Parameters
+    ----------
+    unusual
+        `is_unusual` of it, where that is a column of its own already.
+    """
+    # Plain strings are compared byte by byte, whatever the column's collation.
+    plain = value.cast("string")
+    unusual = is_unusual(plain) if unusual is None else unusual
+    text = F.when(unusual, F.make_valid_utf8(plain)).otherwise(plain)
+    return F.nullif(trimmed(text, unusual), F.lit("")), not_utf8(text, unusual)
+
+
+def id_of(
+    value: Column,
+    kind: T.DataType,
+    part: str,
+    column: str,
+    path: str,
+    unusual: Column | None = None,
+) -> tuple[Column, Column]:
+    """An id from a column of a table: string or bigint, null where it is missing; and its problem.
+
+    Parameters
+    ----------
+    kind
+        The column's type.
+    part, column
+        What the problem and the error call the id.
+    unusual
+        As for `text_of`.
+
+    Raises
+    ------
+    InputError
+        The type is none of an id.
+    """
+    if isinstance(kind, T.StringType):
+        return text_of(value, unusual)
+    nothing = F.lit(None).cast("string")
+    if isinstance(kind, _INTEGRAL):
+        return value.cast("bigint"), nothing
+    if isinstance(kind, T.DecimalType):
+        number = value.try_cast("bigint")
+        exact = number == value
+        missing = value.isNull()
+    elif isinstance(kind, (T.FloatType, T.DoubleType)):
+        number = value.try_cast("bigint")
+        exact = (F.floor(value) == value) & (F.abs(value) <= _EXACT[type(kind)])
+        missing = value.isNull() | F.isnan(value)  # pandas' way to leave an integer out
+    else:
+        raise InputError(
+            f"--input {path}: column {column} has type {kind.simpleString()}; "
+            "it must be text or integers, cast it first"
+        )
+    exact = F.coalesce(exact, F.lit(False))
+    problem = F.when(~missing & ~exact, INEXACT_ID.format(column=part))
+    return F.when(exact & ~missing, number), problem
+
+
+_EXACT: dict[type[T.DataType], float] = {T.FloatType: 2.0**24, T.DoubleType: 2.0**53}
+"""Up to these every integer is a number of its own."""
+
+
+def require_times(kind: T.DataType, column: str, path: str) -> None:
+    """Raise InputError where a column of this type cannot hold times."""
+    if not isinstance(kind, _TIMES):
+        raise InputError(
+            f"--input {path}: column {column} has type {kind.simpleString()}; "
+            "times must be timestamps, text or seconds"
+        )
 
 
 def _judged(named: DataFrame) -> DataFrame:

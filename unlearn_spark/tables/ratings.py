@@ -34,14 +34,10 @@ USER_KEYS = 1024
 """Values of `user_key` in a block."""
 ROWS_PER_BLOCK = 1_000_000
 MAX_USER_BLOCKS = 256
-USER_BLOCKS_PROPERTY = "unlearn.blocksOfUserKeys"
-FORMER_PROPERTY = "unlearn.userBlocks"
-"""Of tables in which blocks share keys: what they hold would be looked for in vain."""
+USER_BLOCKS = "unlearn.blocksOfUserKeys"
+"""Where the number of user blocks stands: in the metadata of column `user_block`, or as a property
+of the table, where later versions of this software did not make it."""
 
-_EMPTY_VERSION = 1
-"""Delta version of the table once it is made and has its property, before the first ingest."""
-
-FOREIGN_ID = "id is not an integer as in the table"
 REFUSED = "covered by tombstone "
 
 _PRUNING_LIMIT = 256
@@ -248,19 +244,15 @@ def covering(store: Store, ids: DataFrame, version: int | None = None) -> DataFr
 
 def user_blocks(store: Store) -> int:
     """Number of partitions of the table, as chosen by the first ingest."""
-    chosen = _chosen_user_blocks(store)
+    chosen = read(store).schema["user_block"].metadata.get(USER_BLOCKS)
     if chosen is None:
-        raise InputError("table ratings holds no ingest yet; run jobs/ingest_ratings.py first")
-    return chosen
-
-
-def _chosen_user_blocks(store: Store) -> int | None:
-    properties = store.spark.sql(f"SHOW TBLPROPERTIES {store.name(TABLE)}")
-    named = properties.where(F.col("key").isin(USER_BLOCKS_PROPERTY, FORMER_PROPERTY))
-    found = {row["key"]: row["value"] for row in named.collect()}
-    if FORMER_PROPERTY in found:
-        raise outdated(TABLE)
-    return int(found[USER_BLOCKS_PROPERTY]) if found else None
+        properties = store.spark.sql(f"SHOW TBLPROPERTIES {store.name(TABLE)}")
+        row = properties.where(F.col("key") == USER_BLOCKS).first()
+        if row is None:
+            # Blocks share keys: what it holds would be looked for in vain.
+            raise outdated(TABLE)
+        chosen = row["value"]
+    return int(chosen)
 
 
 # --- deleting -------------------------------------------------------------------------------
@@ -356,8 +348,10 @@ def ingest(
     ------
     InputError
         There are no rows, or not one is usable. Nothing is written.
+    ConflictError
+        Another job wrote ratings meanwhile; no rating is written.
     """
-    types = _id_types(store)
+    types = id_types(store)
     rows = _typed(raw, types)
     with formats.explained(raw.source, "this format"):
         profile = _profile(rows, raw.text_ids and types is None)
@@ -409,8 +403,8 @@ def ingest(
     )
 
 
-def _id_types(store: Store) -> dict[str, T.DataType] | None:
-    """Types of the two id columns; None before the first ingest."""
+def id_types(store: Store) -> dict[str, T.DataType] | None:
+    """Types of the table's user_id and item_id, string or bigint; None before the first ingest."""
     if not store.exists(TABLE):
         return None
     schema = read(store).schema
@@ -439,7 +433,8 @@ def _typed(raw: formats.RawRatings, types: dict[str, T.DataType] | None) -> Data
         converted[name] = F.col(name).cast(kind)
         if isinstance(source, T.StringType) and not isinstance(kind, T.StringType):
             converted[name] = requests.typed_id(F.col(name), kind)
-            problem = F.coalesce(problem, F.when(converted[name].isNull(), FOREIGN_ID))
+            foreign = formats.FOREIGN_ID.format(column=name)
+            problem = F.coalesce(problem, F.when(converted[name].isNull(), foreign))
     return rows.select(
         "raw",
         "position",
@@ -486,20 +481,15 @@ def _upsert(
     store: Store, good: DataFrame, n_good: int, types: dict[str, T.DataType]
 ) -> tuple[int, int | None]:
     """Write the newest rows; returns how many, and the table's version afterwards."""
-    if n_good == 0:
-        return 0, store.version(TABLE) if store.exists(TABLE) else None
-    if not store.exists(TABLE) or _chosen_user_blocks(store) is None:
-        _create(store, types, _choose_blocks(n_good))
-    version = store.version(TABLE)
-    # Every ingest commits, so the version before it numbers it: 1, 2, 3..., never used twice,
-    # also when all rows of the last ingest were deleted since.
-    ingest_id = version
-    n_blocks = user_blocks(store)
-    if version == _EMPTY_VERSION:
-        rows = _newest(good, n_blocks).withColumn("ingest_id", F.lit(ingest_id).cast("bigint"))
-        version = store.append(TABLE, rows.select(*_COLUMNS))
+    if not store.exists(TABLE):
+        if n_good == 0:
+            return 0, None
+        version = _create(store, good, types, _choose_blocks(n_good))
         return read(store, version).count(), version
-
+    version = store.version(TABLE)
+    if n_good == 0:
+        return 0, version
+    n_blocks = user_blocks(store)
     newest = _newest(good, n_blocks)
     # A pass over the input to spare blocks of the table, which a few blocks do not repay.
     blocks = (
@@ -508,20 +498,23 @@ def _upsert(
         else _few(good.select(*_places(F.col("user_id"), n_blocks)), "user_block")[0]["user_block"]
     )
     changes = _changes(newest, read(store, version), blocks)
-    changes = changes.withColumn("ingest_id", F.lit(ingest_id).cast("bigint"))
-    changes = changes.select(*_COLUMNS).persist()
+    changes = _numbered(changes, version).persist()
     try:
-        written = changes.count()
-        if written == 0:
+        if changes.count() == 0:
             return 0, version
         updated = ("rating", "rated_at", "ingest_id")
+        # No condition on blocks, which are partitions: two ingests must not go on side by side, or
+        # both would have one number.
+        keys = _few(changes, "user_key")[0]["user_key"]
+        near = None if keys is None else one_of("t.user_key", keys)
+        _checked(store, version)
         # A merge even where all pairs are new: a blind append would not see a concurrent ingest.
-        store.merge(
+        written = store.merge(
             TABLE,
             changes,
-            _pair_condition(_near(changes, "t.")[0]),
+            _pair_condition(near),
             [
-                "WHEN MATCHED THEN UPDATE SET "
+                f"WHEN MATCHED AND {_beats('s.', 't.')} THEN UPDATE SET "
                 + ", ".join(f"t.{name} = s.{name}" for name in updated),
                 "WHEN NOT MATCHED THEN INSERT *",
             ],
@@ -529,6 +522,15 @@ def _upsert(
     finally:
         changes.unpersist()
     return written, store.version(TABLE)
+
+
+def _numbered(rows: DataFrame, version: int) -> DataFrame:
+    """The table's columns, with the `ingest_id` of what is written upon a version (none: -1).
+
+    Every ingest commits, so versions number ingests, from 1: no number is used twice, also when all
+    rows of the last ingest were deleted since.
+    """
+    return rows.withColumn("ingest_id", F.lit(version + 2).cast("bigint")).select(*_COLUMNS)
 
 
 def _changes(newest: DataFrame, table: DataFrame, blocks: Sequence[int] | None) -> DataFrame:
@@ -539,26 +541,32 @@ def _changes(newest: DataFrame, table: DataFrame, blocks: Sequence[int] | None) 
     known = table.select(
         *keys,
         F.col("rating").alias("old_rating"),
-        F.col("rated_at").alias("old_time"),
+        F.col("rated_at").alias("old_rated_at"),
         F.lit(True).alias("known"),
     )
     joined = newest.join(known, keys, "left")
-    new_time, old_time = F.col("rated_at"), F.col("old_time")
-    later = F.when(old_time.isNull(), new_time.isNotNull()).otherwise(
-        F.coalesce(new_time > old_time, F.lit(False))
-    )
-    other = new_time.eqNullSafe(old_time) & (F.col("rating") != F.col("old_rating"))
-    return joined.where(F.col("known").isNull() | later | other)
+    return joined.where(f"known IS NULL OR {_beats('', 'old_')}")
 
 
-def _create(store: Store, types: dict[str, T.DataType], n_blocks: int) -> None:
+def _beats(new: str, old: str) -> str:
+    """SQL for: a rating replaces that of its pair. It is later, or as late and another."""
+    later = f"{old}rated_at IS NULL AND {new}rated_at IS NOT NULL OR {new}rated_at > {old}rated_at"
+    other = f"{new}rated_at <=> {old}rated_at AND {new}rating <> {old}rating"
+    return f"({later} OR {other})"
+
+
+def _create(store: Store, good: DataFrame, types: dict[str, T.DataType], n_blocks: int) -> int:
+    """Make the table of the first rows, in one commit; returns its version.
+
+    A job that dies has made nothing, and of two first ingests at the same time one fails.
+    """
     schema = T.StructType(
         [
             T.StructField("user_id", types["user_id"]),
             T.StructField("item_id", types["item_id"]),
             T.StructField("rating", T.FloatType()),
             T.StructField("rated_at", T.TimestampType()),
-            T.StructField("user_block", T.IntegerType()),
+            T.StructField("user_block", T.IntegerType(), metadata={USER_BLOCKS: n_blocks}),
             T.StructField("user_key", T.IntegerType()),
             T.StructField("ingest_id", T.LongType()),
         ]
@@ -569,12 +577,7 @@ def _create(store: Store, types: dict[str, T.DataType], n_blocks: int) -> None:
         skipping=("user_key", "ingest_id"),
         deletion_vectors=True,
     )
-    store.create(TABLE, spec)
-    # Nobody writes to a table without this property, so changing it now breaks no writer.
-    store.spark.sql(
-        f"ALTER TABLE {store.name(TABLE)} "
-        f"SET TBLPROPERTIES ('{USER_BLOCKS_PROPERTY}' = '{n_blocks}')"
-    )
+    return store.create_with(TABLE, spec, _numbered(_newest(good, n_blocks), -1))
 
 
 def _choose_blocks(n_ratings: int) -> int:

@@ -23,15 +23,17 @@ if TYPE_CHECKING:
 
 TABLE = "receipts"
 
+_OF_THE_NIGHT = {"comment": "of the whole night that honoured the request"}
+
 SPEC = TableSpec(
     StructType(
         [
             StructField("request_id", StringType()),
             StructField("model_version", LongType()),
             StructField("ratings_removed", LongType()),
-            # Of the whole night that honoured the request, as requests of a night share the work.
-            StructField("rows_resolved", LongType()),
-            StructField("max_residual", DoubleType()),
+            # The requests of a night share its work.
+            StructField("rows_resolved", LongType(), metadata=_OF_THE_NIGHT),
+            StructField("max_residual", DoubleType(), metadata=_OF_THE_NIGHT),
             StructField("honoured_at", TimestampType()),
             StructField("purged_at", TimestampType()),
         ]
@@ -49,7 +51,12 @@ def read(store: Store, version: int) -> DataFrame:
 
 
 def append(store: Store, model: ModelVersion, rows: DataFrame) -> int:
-    """Add receipts after those of `model`; what a dead job left behind is dropped first."""
+    """Write the receipts of `model` and these; returns the Delta version that holds them.
+
+    In one commit, whatever a dead job left behind, or another writes at the same time.
+    """
     store.create(TABLE, SPEC)
-    store.restore(TABLE, model.receipts_version or 0)
-    return store.append(TABLE, rows.select(*SPEC.schema.names))
+    rows = rows.select(*SPEC.schema.names)
+    if model.receipts_version is not None:
+        rows = read(store, model.receipts_version).unionByName(rows)
+    return store.overwrite(TABLE, rows)

@@ -7,7 +7,7 @@ partition value.
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pyspark.sql import functions as F
@@ -22,7 +22,7 @@ from pyspark.sql.types import (
 
 from unlearn_spark.errors import InputError
 from unlearn_spark.preconditions import is_remote, require_creatable
-from unlearn_spark.tables.store import TableSpec
+from unlearn_spark.tables.store import TableSpec, is_delta
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -80,18 +80,32 @@ def check_export(path: str) -> None:
     if is_remote(path):
         return
     target = Path(path)
-    if os.path.exists(target) and not (target.suffix == "" and (target / "_delta_log").is_dir()):
+    if os.path.exists(target) and not (_form(path) == "delta" and is_delta(target)):
         raise InputError(f"--output {path}: exists already; name another or remove it")
     require_creatable("--output", path)
 
 
 def export(rows: DataFrame, path: str) -> None:
     """Write rows to a directory, as Spark does: CSV with a header for `.csv`, Parquet for
-    `.parquet`, otherwise a Delta table, which is replaced if it is there."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".csv":
-        rows.write.mode("error").option("header", True).csv(path)
-    elif suffix == ".parquet":
-        rows.write.mode("error").parquet(path)
-    else:
-        rows.write.format("delta").mode("overwrite").option("overwriteSchema", True).save(path)
+    `.parquet`, otherwise a Delta table, which is replaced if it is there.
+
+    In CSV a quote in an id is doubled and nothing is cut, as most readers expect it (RFC 4180).
+    """
+    form = _form(path)
+    writer = rows.write.format(form)
+    if form == "delta":
+        writer = writer.mode("overwrite").option("overwriteSchema", True)
+    elif form == "csv":
+        # Spark's own defaults escape by a backslash and cut white space.
+        writer = writer.options(
+            header=True,
+            escape='"',
+            ignoreLeadingWhiteSpace=False,
+            ignoreTrailingWhiteSpace=False,
+        )
+    writer.save(path)
+
+
+def _form(path: str) -> str:
+    suffix = PurePosixPath(path).suffix.lower()
+    return {".csv": "csv", ".parquet": "parquet"}.get(suffix, "delta")

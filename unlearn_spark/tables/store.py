@@ -7,6 +7,7 @@ session and over Spark Connect (the `DeltaTable` class does not).
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+from pyspark.errors import AnalysisException
 from pyspark.sql import functions as F
 
+from unlearn_spark.als.spark import quoted
 from unlearn_spark.config import Settings
 from unlearn_spark.errors import ConflictError, InputError, SettingsError, TableMissingError
 from unlearn_spark.preconditions import is_remote, nearest_existing
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame, DataFrameWriter, SparkSession
     from pyspark.sql.types import StructType
 
 MADE_BY = {
@@ -50,6 +53,9 @@ _CONFLICTS = (
     "ProtocolChangedException",
     "DELTA_CONCURRENT",
     "DELTA_METADATA_CHANGED",
+    # What is created here was not there a moment ago.
+    "DELTA_PATH_EXISTS",
+    "TABLE_OR_VIEW_ALREADY_EXISTS",
 )
 
 # Published versions name Delta versions, which must stay readable until `purge` says otherwise:
@@ -59,6 +65,9 @@ _PROPERTIES = {
     "delta.logRetentionDuration": "interval 3650 days",
     "delta.checkpointInterval": "20",
 }
+
+_IN_LOG = re.compile(r"[0-9]{20}\.(json|checkpoint\..+)")
+"""Names of commits and checkpoints, after Delta's protocol."""
 
 RECENT_COMMITS = 50
 """Among so many newest commits of a table a write looks for its own."""
@@ -110,6 +119,12 @@ def check_root(settings: Settings) -> None:
         raise SettingsError(f"--root {settings.root}: {existing} is not writable; name another")
 
 
+def is_delta(folder: Path) -> bool:
+    """Whether a local folder is a Delta table: its log has a commit or a checkpoint."""
+    log = folder / "_delta_log"
+    return log.is_dir() and any(_IN_LOG.fullmatch(path.name) for path in log.iterdir())
+
+
 class Store:
     """The product's tables under one root directory, or in one catalog schema."""
 
@@ -121,6 +136,19 @@ class Store:
         self.spark = spark
         self.root = None if root is None else self._absolute(root)
         self.catalog = catalog
+        # Names between dots, each as it is or in backticks already.
+        parts = re.findall(r"`(?:[^`]|``)*`|[^.`]+", catalog or "")
+        self._schema = ".".join(part if part[0] == "`" else quoted(part) for part in parts)
+        if catalog is not None:
+            self._require_schema(catalog)
+
+    def _require_schema(self, catalog: str) -> None:
+        try:
+            there = self.spark.catalog.databaseExists(self._schema)
+        except AnalysisException:  # too many parts, or no such catalog
+            there = False
+        if not there:
+            raise SettingsError(f"catalog {catalog}: there is no such schema; create it first")
 
     @staticmethod
     def _absolute(root: str) -> str:
@@ -136,19 +164,26 @@ class Store:
 
     def name(self, table: str) -> str:
         """The table as SQL writes it."""
-        return f"{self.catalog}.{table}" if self.catalog else f"delta.`{self.location(table)}`"
+        if self.catalog:
+            return f"{self._schema}.{quoted(table)}"
+        return f"delta.{quoted(self.location(table))}"
 
     def exists(self, table: str) -> bool:
+        """Whether the table is there; a folder that a job left which died creating it is none."""
         if self.catalog:
             return bool(self.spark.catalog.tableExists(self.name(table)))
-        log = self._log(table)
-        if log is not None:
-            return log.is_dir()
+        if not is_remote(self.location(table)):
+            return is_delta(Path(self.location(table)))
         try:
             self.spark.read.format("delta").load(self.location(table)).schema  # noqa: B018
         except Exception as error:
             if "DELTA_TABLE_NOT_FOUND" in str(error) or "PATH_NOT_FOUND" in str(error):
                 return False
+            if "No FileSystem for scheme" in str(error):
+                raise SettingsError(
+                    f"root {self.root}: Spark has no access to storage of that kind; "
+                    "correct it, or add the storage's jars"
+                ) from error
             if "DELTA_MISSING_DELTA_TABLE" in str(error) or "not a Delta table" in str(error):
                 return False
             raise
@@ -205,12 +240,22 @@ class Store:
 
         Changing properties later would break every writer in flight.
         """
-        if self.exists(table):
-            return
-        columns = ", ".join(
-            f"`{f.name}` {f.dataType.simpleString()}{'' if f.nullable else ' NOT NULL'}"
-            for f in spec.schema.fields
-        )
+        if not self.exists(table):
+            self._create(table, spec, self.frame([], spec.schema), "ignore")
+
+    def create_with(self, table: str, spec: TableSpec, rows: DataFrame) -> int:
+        """Create the table and its first rows in one commit; returns the version that this makes.
+
+        Raises
+        ------
+        ConflictError
+            It is there by now.
+        """
+        self._create(table, spec, rows, "error")
+        return 0
+
+    def _create(self, table: str, spec: TableSpec, rows: DataFrame, mode: str) -> None:
+        # By a writer: CREATE TABLE fails where a job died that was creating it.
         properties = {
             **_PROPERTIES,
             "delta.dataSkippingStatsColumns": ",".join(spec.skipping),
@@ -219,13 +264,11 @@ class Store:
         if not spec.skipping:
             del properties["delta.dataSkippingStatsColumns"]
             properties["delta.dataSkippingNumIndexedCols"] = "0"
-        listed = ", ".join(f"'{key}' = '{value}'" for key, value in properties.items())
-        partition = f" PARTITIONED BY ({', '.join(spec.partition_by)})" if spec.partition_by else ""
-        with self._explained(table):
-            self.spark.sql(
-                f"CREATE TABLE IF NOT EXISTS {self.name(table)} ({columns}) USING delta"
-                f"{partition} TBLPROPERTIES ({listed})"
-            )
+        rows = rows.select(
+            *[F.col(f.name).alias(f.name, metadata=f.metadata) for f in spec.schema.fields]
+        )
+        writer = rows.write.mode(mode).options(**properties)
+        self._save(table, writer.partitionBy(*spec.partition_by))
 
     def frame(self, rows: Sequence[Sequence[object]], schema: StructType) -> DataFrame:
         """A few rows of the driver's own, values in the order of the schema.
@@ -255,14 +298,15 @@ class Store:
 
     def _write(self, table: str, rows: DataFrame, mode: str, options: Mapping[str, str]) -> int:
         token = uuid.uuid4().hex
-        writer = rows.write.format("delta").mode(mode).options(**options)
-        writer = writer.option("userMetadata", token)
+        self._save(table, rows.write.mode(mode).options(**options, userMetadata=token))
+        return self._version_of(table, token)
+
+    def _save(self, table: str, writer: DataFrameWriter) -> None:
         with self._explained(table):
             if self.catalog:
-                writer.saveAsTable(self.name(table))
+                writer.format("delta").saveAsTable(self.name(table))
             else:
-                writer.save(self.location(table))
-        return self._version_of(table, token)
+                writer.format("delta").save(self.location(table))
 
     def _version_of(self, table: str, token: str) -> int:
         """The version that a write of ours made, even when others have committed since."""

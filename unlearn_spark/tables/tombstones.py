@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import PurePosixPath
@@ -14,7 +15,7 @@ from pyspark.sql import types as T
 from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.tables import formats, quarantine
 from unlearn_spark.tables.store import Store, TableSpec
-from unlearn_spark.unlearning.requests import HASHED_ID, SCOPES
+from unlearn_spark.unlearning.requests import HASHED_ID, SCOPES, typed_id
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -76,11 +77,23 @@ def version(store: Store) -> int | None:
     return store.version(TABLE) if exists(store) else None
 
 
-def ingest(store: Store, path: str, format: str | None = None) -> TombstoneReport:
+def ingest(
+    store: Store,
+    path: str,
+    format: str | None = None,
+    id_types: Mapping[str, T.DataType] | None = None,
+) -> TombstoneReport:
     """Validate requests, drop repeated ones, and append the new ones.
 
     A request is known by its `request_id`: the same content again is a duplicate, other content is
     quarantined (the first one stands). A request without `requested_at` was made now.
+
+    Parameters
+    ----------
+    id_types
+        Types of user_id and item_id in the ratings table (`ratings.id_types`): a request whose id
+        can be none of that table would delete nothing, and is quarantined. None: there is no
+        table, and any id may come to be one of it.
 
     Raises
     ------
@@ -90,7 +103,7 @@ def ingest(store: Store, path: str, format: str | None = None) -> TombstoneRepor
     format = format or _guess_format(store.spark, path)
     formats.check_exists(path)
     with formats.explained(path, format):
-        rows = _judged(_read_raw(store.spark, path, format)).persist()
+        rows = _judged(_read_raw(store.spark, path, format), id_types or {}).persist()
         problems = {row[0]: int(row[1]) for row in rows.groupBy("problem").count().collect()}
     try:
         total = sum(problems.values())
@@ -191,61 +204,104 @@ def _guess_format(spark: SparkSession, path: str) -> str:
 
 
 def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
-    """raw, earlier (problem), and the columns of a request; times in any type."""
+    """raw, earlier (problem), and the columns of a request: null where nothing is said, times in
+    any type."""
     if format in ("parquet", "delta"):
-        rows = spark.read.format(format).load(path)
-        _require_columns(rows.columns, path)
-        chosen = [
-            F.col(name).cast("string").alias(name) if name in _TEXTS else F.col(name)
-            for name in _COLUMNS
-            if name in rows.columns
-        ]
-        rows = rows.select(*chosen)
-        for name in _COLUMNS:
-            if name not in rows.columns:
-                rows = rows.withColumn(name, F.lit(None).cast("string"))
-        return rows.select(
-            F.to_json(F.struct(*_COLUMNS)).alias("raw"),
-            F.lit(None).cast("string").alias("earlier"),
-            *_COLUMNS,
-        )
+        return _from_table(formats.read_table(spark, path, format, _TIMES), path)
     first = formats.first_line(spark, path)
     if format == "csv":
         names = formats.header_names(path, first)
-        _require_columns(names, path)
+        where = _locate(names, path)
         lines = formats.lines_below_header(spark, path, first)
         lines = lines.withColumn("fields", formats.csv_fields(len(names)))
-        earlier = F.when(F.col("fields").isNull(), formats.WRONG_WIDTH)
-        values = {name: F.col("fields")[names.index(name)] for name in _COLUMNS if name in names}
+        problem = F.when(F.col("fields").isNull(), formats.WRONG_WIDTH)
+        values = {name: F.col("fields")[index] for name, index in where.items()}
     else:
-        lines = formats.lines(spark, path)
-        schema = ", ".join(f"{name} string" for name in (*_COLUMNS, "malformed"))
+        # As variants, for `42.0` is an integer and `"42.0"` is not.
+        schema = ", ".join([*(f"{name} variant" for name in _COLUMNS), "malformed string"])
         options = {"columnNameOfCorruptRecord": "malformed"}
+        lines = formats.lines(spark, path)
         lines = lines.withColumn("fields", F.from_json("raw", schema, options))
-        earlier = F.when(F.col("fields.malformed").isNotNull(), "is not a JSON object")
+        lines = lines.withColumn(
+            "kinds",
+            F.struct(
+                *[F.schema_of_variant(F.col("fields")[name]).alias(name) for name in _COLUMNS]
+            ),
+        )
+        found = {name: _from_variant(name) for name in _COLUMNS}
+        malformed = F.when(F.col("fields.malformed").isNotNull(), "is not a JSON object")
+        problem = F.coalesce(malformed, *[wrong for _, wrong in found.values()])
+        # A step of its own, for each value is looked at several times by what follows.
+        lines = lines.select(
+            "raw",
+            problem.alias("wrong"),
+            F.struct(*[value.alias(name) for name, (value, _) in found.items()]).alias("fields"),
+        )
+        problem = F.col("wrong")
         values = {name: F.col("fields")[name] for name in _COLUMNS}
     texts = [
-        (F.nullif(F.trim(values[name]), F.lit("")) if name in values else F.lit(None))
+        (F.nullif(formats.trimmed(values[name]), F.lit("")) if name in values else F.lit(None))
         .cast("string")
         .alias(name)
         for name in _COLUMNS
     ]
+    raw = F.col("raw")
+    earlier = F.coalesce(formats.not_utf8(raw, formats.is_unusual(raw)), problem)
     return lines.select("raw", earlier.alias("earlier"), *texts)
 
 
-def _require_columns(names: list[str], path: str) -> None:
-    for name in ("request_id", "scope"):
-        if name not in names:
-            raise InputError(
-                f"--input {path}: has no column {name} (found: {', '.join(names)[:120]}); "
-                f"requests have {', '.join(_COLUMNS)}"
+def _from_table(rows: DataFrame, path: str) -> DataFrame:
+    where = _locate(rows.columns, path)
+    nothing = F.lit(None).cast("string")
+    given = rows.select(
+        *[
+            (F.col(formats.quoted(rows.columns[where[name]])) if name in where else nothing).alias(
+                name
             )
+            for name in _COLUMNS
+        ]
+    )
+    values, problems = [], []
     for name in _COLUMNS:
-        if names.count(name) > 1:
-            raise InputError(f"--input {path}: has two columns {name}; rename one")
+        value, kind = F.col(name), given.schema[name].dataType
+        if name in _TIMES:
+            formats.require_times(kind, name, path)
+        if name in _TEXTS or isinstance(kind, T.StringType):
+            value, problem = formats.id_of(value, kind, name, name, path)
+            problems.append(problem)
+        values.append((value.cast("string") if name in _TEXTS else value).alias(name))
+    return given.select(
+        F.to_json(F.struct(*_COLUMNS)).alias("raw"),
+        F.coalesce(*problems).alias("earlier"),
+        *values,
+    )
 
 
-def _judged(rows: DataFrame) -> DataFrame:
+def _from_variant(name: str) -> tuple[Column, Column]:
+    """A JSON value as text, a number by the rules of `formats.id_of`; and its problem."""
+    value, kind = F.col("fields")[name], F.col("kinds")[name]
+    text = F.try_variant_get(value, "$", "string")
+    nested = F.when(
+        kind.rlike("^(ARRAY|OBJECT|BOOLEAN)"), f"{name} is a list, an object, true or false"
+    )
+    if name in _TIMES:
+        return text, nested
+    number = F.try_variant_get(value, "$", "double")
+    integer, inexact = formats.id_of(number, T.DoubleType(), name, name, "")
+    is_inexact = kind.rlike("^(DECIMAL|DOUBLE|FLOAT)")
+    return (
+        F.when(is_inexact, integer.cast("string")).otherwise(text),
+        F.coalesce(nested, F.when(is_inexact, inexact)),
+    )
+
+
+def _locate(names: list[str], path: str) -> dict[str, int]:
+    wanted = {name: name for name in _COLUMNS}
+    optional = [name for name in _COLUMNS if name not in ("request_id", "scope")]
+    return formats.locate(names, wanted, optional, path, f"requests have {', '.join(_COLUMNS)}")
+
+
+def _judged(rows: DataFrame, id_types: Mapping[str, T.DataType]) -> DataFrame:
     """Convert the times and find each row's first problem."""
     rows = rows.withColumn("scope", F.lower("scope"))
     times, time_problems = {}, []
@@ -286,6 +342,13 @@ def _judged(rows: DataFrame) -> DataFrame:
         needed_in("from_ts", "window"),
         needed_in("to_ts", "window"),
         F.when(times["from_ts"] >= times["to_ts"], "from_ts is not before to_ts"),
+        *[
+            F.when(
+                ~missing(column) & typed_id(F.col(column), kind).isNull(),
+                formats.FOREIGN_ID.format(column=column),
+            )
+            for column, kind in id_types.items()
+        ],
     )
     return rows.select(
         "raw",

@@ -165,6 +165,8 @@ def version_before(store: Store, model: ModelVersion) -> ModelVersion:
 def held_out_ratings(store: Store, model: ModelVersion, path: str, form: str) -> DataFrame:
     """Usable held-out ratings of a file, ids in the model's types: user_id, item_id, rating.
 
+    An id that cannot be the model's is null.
+
     Raises
     ------
     InputError
@@ -176,7 +178,7 @@ def held_out_ratings(store: Store, model: ModelVersion, path: str, form: str) ->
         raise InputError(str(error).replace("--input", "--held-out", 1)) from error
     kinds = [rows.schema["id"].dataType for rows in models.read_factors(store, model)]
     ids = [
-        requests.typed_id(F.col(name), kind) if read.text_ids else F.col(name).cast(kind)
+        requests.typed_id(F.col(name).cast("string"), kind)
         for name, kind in zip(("user_id", "item_id"), kinds, strict=True)
     ]
     return read.frame.where("problem IS NULL").select(
