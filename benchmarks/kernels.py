@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.common import ALPHA, REG_PARAM
-from unlearn_spark.als.blocks import RatingBlock
-from unlearn_spark.als.kernel import Objective, solve_rows
+from unlearn_spark.core.blocks import RatingBlock
+from unlearn_spark.core.kernel import solve_rows
+from unlearn_spark.core.objective import Objective
 from unlearn_spark.evaluation import synthetic
 
 

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.convergence import TARGETS, first_below
-from unlearn_spark.als.acceleration import Accelerator
-from unlearn_spark.als.blocks import RatingBlock
 from unlearn_spark.als.burst import Limits, sweep_in_memory
-from unlearn_spark.als.initial import initial_factors
-from unlearn_spark.als.kernel import Objective, floor_of, target_magnitudes
-from unlearn_spark.als.solver import Solver
+from unlearn_spark.core.acceleration import Accelerator
+from unlearn_spark.core.blocks import RatingBlock
+from unlearn_spark.core.initial import initial_factors
+from unlearn_spark.core.objective import Objective, floor_of, target_magnitudes
+from unlearn_spark.core.solver import Solver
 from unlearn_spark.evaluation import synthetic
 
 MEMORIES = (1, 3, 5)

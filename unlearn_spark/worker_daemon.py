@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from unlearn_spark.core.objective import Objective
+
 
 def without_archives(path: Sequence[str]) -> list[str]:
     """`sys.path` without the zips and jars that an installed pyspark carries."""
@@ -36,15 +38,13 @@ def warm_up() -> None:
     import numpy as np
     import pandas  # noqa: F401
 
-    from unlearn_spark.als import kernel, training  # noqa: F401
+    from unlearn_spark.core import kernel
     from unlearn_spark.unlearning import frontier  # noqa: F401
 
     indptr, others = np.array([0, 1], np.int64), np.zeros(1, np.int32)
     ones = np.ones((1, 1), np.float32)
     for dtype in (np.float32, np.float64):
-        kernel.solve_rows(
-            indptr, others, np.ones(1, np.float32), ones, kernel.Objective(1.0), dtype=dtype
-        )
+        kernel.solve_rows(indptr, others, np.ones(1, np.float32), ones, Objective(1.0), dtype=dtype)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from unlearn_spark.als.acceleration import (
+from unlearn_spark.core.acceleration import (
     MAX_WEIGHT,
     Accelerator,
     curvature_weights,

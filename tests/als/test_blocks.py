@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unlearn_spark.als.blocks import (
+from unlearn_spark.core.blocks import (
     RatingBlock,
     chunk_numbers,
     concatenate,

@@ -286,5 +286,5 @@ def test_unusable_parameters_are_refused(spark):
 
 
 def test_the_kernel_is_imported_without_spark():
-    code = "import sys, unlearn_spark.als.kernel; sys.exit('pyspark' in sys.modules)"
+    code = "import sys, unlearn_spark.core.kernel; sys.exit('pyspark' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,19 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unlearn_spark.als.acceleration import Accelerator
-from unlearn_spark.als.blocks import RatingBlock
 from unlearn_spark.als.burst import CONVERGED, Limits, sweep_in_memory
-from unlearn_spark.als.initial import initial_factors
-from unlearn_spark.als.kernel import (
+from unlearn_spark.core.acceleration import Accelerator
+from unlearn_spark.core.blocks import RatingBlock
+from unlearn_spark.core.initial import initial_factors
+from unlearn_spark.core.kernel import row_residuals
+from unlearn_spark.core.objective import (
     FLOOR_SHARE,
     Objective,
     floor_of,
     relative_residual,
-    row_residuals,
     target_magnitudes,
 )
-from unlearn_spark.als.solver import Solver
+from unlearn_spark.core.solver import Solver
 
 EXPLICIT, IMPLICIT = Objective(0.1), Objective(0.1, implicit_prefs=True, alpha=3.0)
 OBJECTIVES = {"explicit": EXPLICIT, "implicit": IMPLICIT}

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from unlearn_spark.als import kernel
-from unlearn_spark.als.kernel import Objective, relative_residual, row_residuals, solve_rows
+from unlearn_spark.core import kernel
+from unlearn_spark.core.kernel import row_residuals, solve_rows
+from unlearn_spark.core.objective import Objective, relative_residual
 from unlearn_spark.errors import SettingsError
 
 ENGINES = ["numpy", "numba"] if find_spec("numba") else ["numpy"]

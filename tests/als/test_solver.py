@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlearn_spark.als import solver
-from unlearn_spark.als.kernel import Objective
-from unlearn_spark.als.solver import OtherSide, Solver, cut_stack, joined_stack
+from unlearn_spark.core import solver
+from unlearn_spark.core.objective import Objective
+from unlearn_spark.core.solver import OtherSide, Solver, cut_stack, joined_stack
 
 IMPLICIT = Solver(Objective(0.1, implicit_prefs=True, alpha=1.0), rank=3, dtype="float32")
 

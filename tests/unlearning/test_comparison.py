@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from unlearn_spark.als.blocks import SIDES
 from unlearn_spark.config import AlsSettings
+from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import InputError
 from unlearn_spark.evaluation import membership
 from unlearn_spark.tables import models

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unlearn_spark.als.kernel import Objective
-from unlearn_spark.unlearning.ledger import drift, gram, moved_norms, rating_terms
+from unlearn_spark.core.bounds import drift, gram, moved_norms, rating_terms
+from unlearn_spark.core.objective import Objective
 
 RANK = 3
 

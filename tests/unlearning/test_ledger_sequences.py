@@ -11,18 +11,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side
-from unlearn_spark.als.kernel import (
-    Objective,
-    floor_of,
-    relative_residual,
-    row_residuals,
-    solve_rows,
-    target_magnitudes,
-)
-from unlearn_spark.als.solver import Solver
-from unlearn_spark.unlearning import ledger
-from unlearn_spark.unlearning.patch import PatchSide, settle
+from unlearn_spark.core import bounds as ledger
+from unlearn_spark.core.blocks import SIDES, RatingBlock, other_side
+from unlearn_spark.core.kernel import row_residuals, solve_rows
+from unlearn_spark.core.objective import Objective, floor_of, relative_residual, target_magnitudes
+from unlearn_spark.core.patch import PatchSide, settle
+from unlearn_spark.core.solver import Solver
 
 SIZES = {"user": 9, "item": 7}
 RANK = 3

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlearn_spark.als.blocks import RatingBlock
-from unlearn_spark.unlearning.pages import (
+from unlearn_spark.core.blocks import RatingBlock
+from unlearn_spark.core.ledger_page import (
     CHOICES,
     MOST_CHUNKS,
     NO_CHANGES,

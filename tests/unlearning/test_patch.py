@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side
-from unlearn_spark.als.kernel import Objective, relative_residual, row_residuals
-from unlearn_spark.als.solver import Solver
-from unlearn_spark.unlearning import ledger
-from unlearn_spark.unlearning.patch import PatchSide, places_among, settle
+from unlearn_spark.core import bounds as ledger
+from unlearn_spark.core.blocks import SIDES, RatingBlock, other_side
+from unlearn_spark.core.kernel import row_residuals
+from unlearn_spark.core.objective import Objective, relative_residual
+from unlearn_spark.core.patch import PatchSide, places_among, settle
+from unlearn_spark.core.solver import Solver
 
 SIZES = {"user": 12, "item": 8}
 RANK = 3

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import SIDES, other_side
 from unlearn_spark.als.spark import (
     FACTOR_SCHEMA,
     part_key,
@@ -27,8 +26,6 @@ from unlearn_spark.als.training import (
     Encoded,
     FitResult,
     Sweeper,
-    SweepReport,
-    TrainingSummary,
     aggregates_of,
     encode_ratings,
     finish_rows,
@@ -37,6 +34,8 @@ from unlearn_spark.als.training import (
     starting_rows,
     with_bounds,
 )
+from unlearn_spark.core.blocks import SIDES, other_side
+from unlearn_spark.core.training import SweepReport, TrainingSummary
 from unlearn_spark.errors import InputError
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.acceleration import Accelerator
-from unlearn_spark.als.blocks import RatingBlock, raw, scatter
-from unlearn_spark.als.solver import OtherSide, Solver, joined_stack, mixed, solve_anchor
 from unlearn_spark.als.spark import arrays_of, binary_table
 from unlearn_spark.als.sweep import FACTOR_SCHEMA, map_rows
+from unlearn_spark.core.acceleration import Accelerator
+from unlearn_spark.core.blocks import RatingBlock, raw, scatter
+from unlearn_spark.core.solver import OtherSide, Solver, joined_stack, mixed, solve_anchor
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -44,7 +44,7 @@ GOING_ON, CONVERGED, CAPPED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop: sweeps left, residual and the anchor's floor of it (`kernel.floor_of`), and
+    """When to stop: sweeps left, residual and the anchor's floor of it (`floor_of`), and
     seconds of a burst."""
 
     sweeps: int

@@ -21,7 +21,6 @@ import pyarrow.compute
 from pyspark import TaskContext
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import PIECE_RATINGS, SIDES, other_side, raw, split_into_chunks
 from unlearn_spark.als.spark import (
     PART_SCHEMA,
     arrays_of,
@@ -32,6 +31,7 @@ from unlearn_spark.als.spark import (
     part_of,
     pieces_table,
 )
+from unlearn_spark.core.blocks import PIECE_RATINGS, SIDES, other_side, raw, split_into_chunks
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame

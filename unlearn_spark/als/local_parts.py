@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyspark import SparkFiles
 
-from unlearn_spark.als.blocks import SIDES, RatingBlock
-from unlearn_spark.als.kernel import Objective, floor_of, target_magnitudes
 from unlearn_spark.als.spark import arrays_of, binary_table, part_of
+from unlearn_spark.core.blocks import SIDES, RatingBlock
+from unlearn_spark.core.objective import Objective, floor_of, target_magnitudes
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -113,7 +113,7 @@ def keep(entries: DataFrame, token: str | None, objective: Objective) -> dict[st
     Returns
     -------
     dict
-        By side `kernel.floor_of` its rows.
+        By side `floor_of` its rows.
     """
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import RatingBlock
+from unlearn_spark.core.blocks import RatingBlock
 from unlearn_spark.session import set_if_allowed
 
 if TYPE_CHECKING:

@@ -18,18 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import chunk_numbers, raw
-from unlearn_spark.als.kernel import row_residuals
 from unlearn_spark.als.local_parts import PartReader
-from unlearn_spark.als.solver import (
-    AnchorSweep,
-    OtherSide,
-    Solver,
-    cut_stack,
-    joined_stack,
-    mixed,
-    solve_anchor,
-)
 from unlearn_spark.als.spark import (
     FACTOR_SCHEMA,
     arrays_of,
@@ -38,6 +27,17 @@ from unlearn_spark.als.spark import (
     list_column,
     part_key,
     pieces_table,
+)
+from unlearn_spark.core.blocks import chunk_numbers, raw
+from unlearn_spark.core.kernel import row_residuals
+from unlearn_spark.core.solver import (
+    AnchorSweep,
+    OtherSide,
+    Solver,
+    cut_stack,
+    joined_stack,
+    mixed,
+    solve_anchor,
 )
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def sweep_anchor(
     """The anchor's next state (`STATE_SCHEMA`) from its iterate and the other side's factors.
 
     `iterate` is what `next_iterate` made: y and the history that stays, stacked. `floor` is the
-    anchor's (`kernel.floor_of`).
+    anchor's (`floor_of`).
     """
     messages = deliver(layout, other, iterate, stack="history")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,14 +16,9 @@ from pyspark import StorageLevel
 from pyspark.sql import functions as F
 
 from unlearn_spark.als import encoding
-from unlearn_spark.als.acceleration import Accelerator
-from unlearn_spark.als.blocks import SIDES, other_side
 from unlearn_spark.als.burst import CONVERGED, GOING_ON, Limits, burst, results_of
 from unlearn_spark.als.encoding import SideLayout
-from unlearn_spark.als.initial import initial_factors
-from unlearn_spark.als.kernel import Objective
 from unlearn_spark.als.local_parts import PartReader, drop, keep
-from unlearn_spark.als.solver import Solver
 from unlearn_spark.als.spark import (
     LARGE_ROWS,
     NARROW_ROWS,
@@ -45,6 +40,12 @@ from unlearn_spark.als.sweep import (
     sweep_anchor,
 )
 from unlearn_spark.config import AlsSettings, ExecutionSettings
+from unlearn_spark.core.acceleration import Accelerator
+from unlearn_spark.core.blocks import SIDES, other_side
+from unlearn_spark.core.initial import initial_factors
+from unlearn_spark.core.objective import Objective
+from unlearn_spark.core.solver import Solver
+from unlearn_spark.core.training import SweepReport, TrainingSummary
 from unlearn_spark.errors import InputError
 from unlearn_spark.tables.factors import bound_expression
 
@@ -55,82 +56,6 @@ if TYPE_CHECKING:
 MOST_MISSED = 3
 """Sweeps that did not find their ratings where they had been sent; after these they are always
 sent."""
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """What one sweep found about the iterate that it started from.
-
-    Attributes
-    ----------
-    sweep
-        From 1.
-    objective
-        Of the anchor's iterate with the other side solved exactly for it.
-    max_residual
-        Largest relative residual over all rows of both sides (`kernel.relative_residual`).
-    seconds
-        Wall clock of this sweep.
-    eta
-        Seconds to tolerance, extrapolated from the residual's recent decay; None at first.
-    """
-
-    sweep: int
-    objective: float
-    max_residual: float
-    seconds: float
-    eta: float | None
-
-    def line(self) -> str:
-        """For a terminal."""
-        text = (
-            f"sweep {self.sweep:3d}  objective {self.objective:.6e}  "
-            f"max residual {self.max_residual:.2e}  {self.seconds:.1f} s"
-        )
-        return text if self.eta is None else f"{text}  about {self.eta:.0f} s to go"
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """How a training went; `seconds` is everything, `sweep_seconds` the mean of the sweeps."""
-
-    users: int
-    items: int
-    ratings: int
-    sweeps: int
-    converged: bool
-    objective: float
-    max_residual: float
-    seconds: float
-    sweep_seconds: float
-    encode_seconds: float
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        encoded: Encoded,
-        reports: Sequence[SweepReport],
-        converged: bool,
-        objective: float,
-        max_residual: float,
-        started: float,
-        encode_seconds: float,
-    ) -> TrainingSummary:
-        """Of a fit that began at `started` (`time.perf_counter`) and ends now."""
-        return cls(
-            users=encoded.layouts["user"].n_rows,
-            items=encoded.layouts["item"].n_rows,
-            ratings=encoded.n_ratings,
-            sweeps=len(reports),
-            converged=converged,
-            objective=objective,
-            max_residual=max_residual,
-            seconds=time.perf_counter() - started,
-            sweep_seconds=sum(report.seconds for report in reports) / max(1, len(reports)),
-            encode_seconds=encode_seconds,
-            history=[asdict(report) for report in reports],
-        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +76,7 @@ class Encoded:
     n_ratings
         Over all.
     floors
-        By side what residuals are relative to at least (`kernel.floor_of`).
+        By side what residuals are relative to at least (`floor_of`).
     held
         The caches on which these frames stand.
     token

@@ -86,7 +86,7 @@ LEDGER_SPEC = TableSpec(
     partition_by=("side", "block"),
     skipping=("slot",),
 )
-"""bound >= ||A x - b|| / max(||b||, floor) of the row, with its side's floor (`kernel.floor_of`).
+"""bound >= ||A x - b|| / max(||b||, floor) of the row, with its side's floor (`floor_of`).
 `gradient_norm` is an upper bound of the numerator, `b_norm` a lower bound of ||b||. `drift_mark` is
 the drift of the other side's Gram matrix that the entry does not contain yet; jobs fold all of it
 in, so it is 0."""
@@ -124,7 +124,7 @@ it. Ratings of a night are few; packing them anew would rewrite every block they
 
 
 def bound_expression(floor: Column) -> Column:
-    """`kernel.relative_residual` of the columns gradient_norm and b_norm."""
+    """`relative_residual` of the columns gradient_norm and b_norm."""
     g, b = F.col("gradient_norm"), F.greatest("b_norm", floor)
     return F.when(b > 0, g / b).otherwise(F.when(g > 0, F.lit(float("inf"))).otherwise(F.lit(0.0)))
 

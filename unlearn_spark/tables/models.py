@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType, StringType, StructField, StructType, TimestampType
 
-from unlearn_spark.als.blocks import SIDES
 from unlearn_spark.config import AlsSettings
+from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables.store import TableSpec
 
@@ -108,7 +108,7 @@ class ModelVersion:
 
     @property
     def floors(self) -> dict[str, float]:
-        """By side what residuals are relative to at least (`kernel.floor_of`), as when it was
+        """By side what residuals are relative to at least (`floor_of`), as when it was
         trained; 0 for models from before there were floors."""
         stored = self.certificate.get("floor", {})
         return {side: float(stored.get(side, 0.0)) for side in SIDES}

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pyspark.sql import functions as F
 
 from unlearn_spark import publishing
-from unlearn_spark.als.blocks import SIDES
 from unlearn_spark.als.spark import block_of, materialise
+from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import InputError
 from unlearn_spark.tables import ratings, tombstones
 from unlearn_spark.unlearning import requests

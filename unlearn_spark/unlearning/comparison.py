@@ -34,11 +34,12 @@ from numpy.typing import NDArray
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import SIDES, other_side
-from unlearn_spark.als.kernel import Objective, solve_rows
 from unlearn_spark.als.scoring import predict_pairs
 from unlearn_spark.als.spark import gram_of, list_column, materialise, matrix_of
 from unlearn_spark.als.training import FitResult, fit_factors
+from unlearn_spark.core.blocks import SIDES, other_side
+from unlearn_spark.core.kernel import solve_rows
+from unlearn_spark.core.objective import Objective
 from unlearn_spark.errors import InputError
 from unlearn_spark.evaluation import membership
 from unlearn_spark.evaluation.metrics import held_out_metrics

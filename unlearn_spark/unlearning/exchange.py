@@ -16,23 +16,16 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import (
-    SIDES,
-    RatingBlock,
-    distinct,
-    other_side,
-    places_in,
-    raw,
-)
-from unlearn_spark.als.solver import cut_stack
 from unlearn_spark.als.spark import arrays_of, list_column, matrix_of, pieces_table
-from unlearn_spark.unlearning.ledger import rating_terms
-from unlearn_spark.unlearning.pages import COLUMNS, Page, Paging, RatingChanges, Summary
-from unlearn_spark.unlearning.patch import PatchSide, SettledSide, places_among, settle
+from unlearn_spark.core.blocks import SIDES, RatingBlock, distinct, other_side, places_in, raw
+from unlearn_spark.core.bounds import rating_terms
+from unlearn_spark.core.ledger_page import COLUMNS, Page, Paging, RatingChanges, Summary
+from unlearn_spark.core.patch import PatchSide, SettledSide, places_among, settle
+from unlearn_spark.core.solver import cut_stack
 
 if TYPE_CHECKING:
-    from unlearn_spark.als.kernel import Objective
-    from unlearn_spark.als.solver import Solver
+    from unlearn_spark.core.objective import Objective
+    from unlearn_spark.core.solver import Solver
 
 _TYPES = {
     "string": pa.string(),

@@ -31,7 +31,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.blocks import SIDES
 from unlearn_spark.als.encoding import TASK_RATINGS
 from unlearn_spark.als.spark import (
     balanced_keys,
@@ -40,40 +39,29 @@ from unlearn_spark.als.spark import (
     one_of,
     part_key,
 )
-from unlearn_spark.unlearning import exchange
-from unlearn_spark.unlearning.ledger import drift
-from unlearn_spark.unlearning.pages import (
-    NOTHING,
-    PAGE_ROWS,
-    Paging,
-    Summary,
+from unlearn_spark.core.blocks import SIDES
+from unlearn_spark.core.bounds import drift
+from unlearn_spark.core.ledger_page import NOTHING, PAGE_ROWS, Paging, Summary
+from unlearn_spark.core.rounds import (
+    LAZY_ROUNDS,
+    MOST_SWEEPS,
+    PATCH_RATINGS,
+    SHARE_OF_TRAINING,
+    TOGETHER_RATINGS,
+    Work,
 )
+from unlearn_spark.unlearning import exchange
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
     from pyspark.sql.group import GroupedData
 
-    from unlearn_spark.als.solver import Solver
     from unlearn_spark.config import ExecutionSettings, ResolvedUnlearn
+    from unlearn_spark.core.solver import Solver
 
-
-MOST_SWEEPS, SHARE_OF_TRAINING = 4.0, 0.25
-"""Work in rounds after which sweeping everything is thought to be cheaper: so many sweeps, or this
-share of what the training took, where that was more."""
 
 MOST_RESULTS = 8
 """Rounds whose results are kept apart."""
-
-PATCH_RATINGS = 1_000_000
-"""Up to so many ratings a round takes what the round before looked at along with what is over the
-mark: the two may pull at each other."""
-
-LAZY_ROUNDS = 4
-"""Of more ratings than that, so many rounds take what is over tau alone. Later ones take all that
-is over the mark: bounds that creep up to tau together would cause many tiny rounds."""
-
-TOGETHER_RATINGS = 4_000_000
-"""More ratings of both sides are too many for one task while the others wait."""
 
 FEW_SHARE = 0.25
 """A patch with fewer ratings than this share of all rows picks the factors that it needs where they
@@ -82,26 +70,6 @@ are read; for more, all are packed, and kept for the rounds to come."""
 SPARE_SHARE, SPARE_RATINGS = 0.02, 10_000
 """What a patch may solve again and again within a round: this share of a sweep's ratings, or so
 many where that is more."""
-
-
-@dataclass
-class Work:
-    """Arithmetic done so far, and the size of a sweep to measure it by."""
-
-    rank: int
-    ratings: int
-    rows: int
-    done: float = 0.0
-
-    def add(self, ratings: int, rows: int, scanned: int = 0) -> None:
-        """Solves of `rows` rows with `ratings` ratings, and residuals of `scanned` ratings."""
-        self.done += ratings * self.rank**2 + rows * self.rank**3 + scanned * self.rank
-
-    @property
-    def sweeps(self) -> float:
-        """In units of one full sweep: ratings on both sides x rank^2 + rows x rank^3."""
-        whole = 2 * self.ratings * self.rank**2 + self.rows * self.rank**3
-        return self.done / whole if whole else 0.0
 
 
 @dataclass

@@ -16,8 +16,6 @@ from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from unlearn_spark import publishing
-from unlearn_spark.als.blocks import SIDES, other_side
-from unlearn_spark.als.initial import initial_factors
 from unlearn_spark.als.spark import (
     SMALL_QUERIES,
     block_of,
@@ -29,11 +27,14 @@ from unlearn_spark.als.spark import (
     session_parallelism,
 )
 from unlearn_spark.als.training import aggregates_of, fit_factors, solver_of
+from unlearn_spark.core.blocks import SIDES, other_side
+from unlearn_spark.core.initial import initial_factors
+from unlearn_spark.core.rounds import Work
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import factors, models, ratings, receipts
 from unlearn_spark.tables.models import Sizes
 from unlearn_spark.unlearning.changes import MOST_NAMED, Changes, collect_changes, find_news
-from unlearn_spark.unlearning.frontier import Frontier, Work
+from unlearn_spark.unlearning.frontier import Frontier
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import RatingBlock, concatenate, places_in, raw
-from unlearn_spark.als.kernel import relative_residual
+from unlearn_spark.core.blocks import RatingBlock, concatenate, places_in, raw
+from unlearn_spark.core.objective import relative_residual
 
 PAGE_ROWS = 100_000
 """Rows of both sides that one task has before it, about."""

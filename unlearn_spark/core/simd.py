@@ -13,7 +13,7 @@ entry for each row, and no lane ever waits for another.
 The loops that must keep their accumulators in registers (Gram tile, Cholesky tile) are emitted as
 LLVM vector code, since no auto-vectoriser finds them; the rest is plain numba. Nothing here judges
 more than one thing: whether a row was solved well. Rows that were not go back to
-`unlearn_spark.als.kernel`, which solves them in float64.
+`unlearn_spark.core.kernel`, which solves them in float64.
 
 Single thread: Spark runs one such worker for each core.
 """
@@ -30,8 +30,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from unlearn_spark.core.objective import DUAL_ERROR, SCRATCH_BYTES, safe_range
+
 if TYPE_CHECKING:
-    from unlearn_spark.als.kernel import _Found, _Problem
+    from unlearn_spark.core.objective import _Found, _Problem
 
 _AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
 LANE_BYTES = 64 if _AVX512 else 32
@@ -670,7 +672,6 @@ def solve(
 
     The contract of the kernel's own engine: `found` is filled in place for all other rows.
     """
-    from unlearn_spark.als import kernel  # at run time: it imports this module
 
     objective, rank = problem.objective, problem.rank
     lanes = LANE_BYTES // dtype.itemsize
@@ -678,7 +679,7 @@ def solve(
     padded = max(width, -(-rank // GRAM_ROWS) * GRAM_ROWS)
     step = max(8, SLICE_BYTES // (width * dtype.itemsize))
     zero = dtype.type(0)
-    low, high = kernel.safe_range(dtype)
+    low, high = safe_range(dtype)
     eps = float(np.finfo(dtype).eps)
     # One vector more than a square: strides of a power of two would share one cache set.
     stage = _aligned((lanes, padded * width + lanes), dtype)
@@ -705,7 +706,7 @@ def solve(
                 gram[:rank, :rank] = problem.gram
         M, pair = _aligned((step, width), dtype), _aligned((step, 4), dtype)
         products = _aligned((2, width), dtype)
-        turn = max(lanes, kernel.SCRATCH_BYTES // (8 * rank))
+        turn = max(lanes, SCRATCH_BYTES // (8 * rank))
         for part in (whole[at : at + turn] for at in range(0, len(whole), turn)):
             pulls = np.zeros((0, rank))
             if problem.warm is not None and problem.gram is not None:
@@ -724,7 +725,7 @@ def solve(
         gathered = _aligned((lanes, rank * width + lanes), dtype)
         norms, state = np.zeros((len(small), 3)), np.zeros(len(small), np.uint8)
         _solve_dual(
-            zero, eps, low, high, kernel.DUAL_ERROR, problem.indptr, problem.indices,
+            zero, eps, low, high, DUAL_ERROR, problem.indptr, problem.indices,
             problem.values, problem.other, objective.reg_param, warm, small, gathered, stage,
             right, L, inverse, found.factors, norms, state,
         )  # fmt: skip

@@ -14,7 +14,7 @@ A row with fewer ratings than the rank has, without ``G``, a smaller dual:
 ``x = M' (M M' + ridge I)^-1 d``, an n x n system.
 
 Two engines share this module's checks and its careful path. ``numpy`` calls LAPACK row by row;
-``numba`` (`unlearn_spark.als.fast`) factorises many rows at once in SIMD lanes. Whatever they
+``numba`` (`unlearn_spark.core.simd`) factorises many rows at once in SIMD lanes. Whatever they
 cannot solve well in their own precision - overflow, underflow, a system that is singular to working
 accuracy - is solved again, one row at a time, in float64 with a minimum-norm answer as last resort.
 
@@ -23,8 +23,6 @@ NumPy and SciPy alone; Spark is not known here.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -34,50 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 
+from unlearn_spark.core.objective import (
+    DUAL_ERROR,
+    SCRATCH_BYTES,
+    Objective,
+    _Found,
+    _Problem,
+    _row_chunks,
+    safe_range,
+)
 from unlearn_spark.errors import SettingsError
-
-SCRATCH_BYTES = 16 << 20
-"""Largest scratch array. A few of them live at a time, whatever the sizes of the rows."""
-
-FLOOR_SHARE = 1e-3
-"""Of a side's typical right-hand side: rows whose own is smaller are judged by this."""
-
-DUAL_ERROR = 2e-6
-"""Rounding error of a dual system, relative to its right-hand side, above which float64 is used."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised; the names and meanings are MLlib's.
-
-    Attributes
-    ----------
-    reg_param
-        lambda, multiplied by the row's number of ratings (explicit) or positive ratings (implicit).
-    implicit_prefs
-        Ratings are confidences in a preference instead of values to reproduce.
-    alpha
-        Confidence for each unit of an implicit rating.
-    nonnegative
-        Constrain every factor to be >= 0.
-    """
-
-    reg_param: float
-    implicit_prefs: bool = False
-    alpha: float = 1.0
-    nonnegative: bool = False
-
-    def confidences(self, values: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]:
-        """``(c, d)`` of ratings, in their dtype; ``c`` is None where it is 1 throughout."""
-        if not self.implicit_prefs:
-            return None, values
-        c = values.dtype.type(self.alpha) * np.abs(values)
-        return c, np.where(values > 0, 1 + c, 0)
-
-    def ridge(self, values: NDArray[Any]) -> float:
-        """lambda times the number of ratings that count, for one row's ratings."""
-        n = np.count_nonzero(values > 0) if self.implicit_prefs else len(values)
-        return self.reg_param * n
 
 
 @dataclass(frozen=True)
@@ -102,42 +66,6 @@ class RowSolution:
     gradient_norm: NDArray[np.float64]
     b_norm: NDArray[np.float64]
     quadratic: float
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """The arguments of `solve_rows`, checked once and passed on together."""
-
-    indptr: NDArray[np.int64]
-    indices: NDArray[np.int32]
-    values: NDArray[np.float32]
-    other: NDArray[np.float32]
-    objective: Objective
-    gram: NDArray[np.float64] | None
-    warm: NDArray[np.float32] | None
-
-    @property
-    def rank(self) -> int:
-        return self.other.shape[1]
-
-    def ratings(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Positions on the other side and values of one row."""
-        at = slice(self.indptr[row], self.indptr[row + 1])
-        return self.indices[at], self.values[at]
-
-
-@dataclass
-class _Found:
-    """The growing answer."""
-
-    factors: NDArray[np.float32]
-    gradient_norm: NDArray[np.float64]
-    b_norm: NDArray[np.float64]
-    quadratic: NDArray[np.float64]
-
-    @classmethod
-    def empty(cls, n: int, rank: int) -> _Found:
-        return cls(np.zeros((n, rank), np.float32), np.zeros(n), np.zeros(n), np.zeros(n))
 
 
 @dataclass
@@ -273,70 +201,6 @@ def row_residuals(
     return gradient_norm, b_norm
 
 
-def relative_residual(
-    gradient_norm: NDArray[np.float64], b_norm: NDArray[np.float64], floor: float = 0.0
-) -> NDArray[np.float64]:
-    """``||A x - b|| / max(||b||, floor)`` by row: 0 where the numerator is 0, inf where the
-    denominator alone is.
-
-    A row that vanishes from the model has both norms fall together, sweep after sweep, so that
-    their plain ratio never does. The `floor` (`floor_of`) is what such a row is measured by.
-    """
-    g = np.asarray(gradient_norm, np.float64)
-    denominator = np.maximum(np.asarray(b_norm, np.float64), floor)
-    answer = np.where(g > 0, np.inf, 0.0)
-    return np.divide(g, denominator, out=answer, where=denominator > 0)
-
-
-def target_magnitudes(
-    indptr: NDArray[np.int64], values: NDArray[np.float32], objective: Objective
-) -> Counter[int]:
-    """How many rows have right-hand sides of which magnitude, whatever their neighbours are.
-
-    A row with targets ``d`` has ``b = M' d``, about as long as ``||d||`` times a neighbour. Factors
-    whose products are the targets are about the root of these: of a row's root mean square target
-    in explicit mode, and of 1 in implicit mode, where they approximate a preference in {0, 1}.
-
-    Parameters
-    ----------
-    indptr, values
-        Ratings, compressed by row, as for `solve_rows`.
-
-    Returns
-    -------
-    Counter
-        Rows by the binary exponent e of their magnitude, which is in [2^e, 2^(e + 1)), without
-        those that have no target but 0. Counts of a side's parts add up to those of the side.
-    """
-    counts = np.diff(indptr)
-    squares = np.zeros(len(counts))
-    for first, last in _row_chunks(indptr, SCRATCH_BYTES // 128):
-        filled = first + np.flatnonzero(counts[first:last])
-        if len(filled):
-            part = values[indptr[first] : indptr[last]].astype(np.float64)
-            d = objective.confidences(part)[1]
-            squares[filled] = np.add.reduceat(d * d, indptr[filled] - indptr[first])
-    magnitudes = np.sqrt(squares)
-    if not objective.implicit_prefs:
-        magnitudes *= np.sqrt(np.sqrt(squares / np.maximum(counts, 1)))
-    _, exponents = np.frexp(magnitudes[magnitudes > 0])
-    found, rows = np.unique(exponents - 1, return_counts=True)
-    return Counter(dict(zip(found.tolist(), rows.tolist(), strict=True)))
-
-
-def floor_of(magnitudes: Counter[int]) -> float:
-    """The least denominator of a side's residuals: `FLOOR_SHARE` of the median magnitude
-    (`target_magnitudes`), which is rounded down to a power of two; 0 where there is no row.
-
-    It comes from counts alone, so that partitions and orders of summation do not show in it.
-    """
-    rows = np.array([magnitudes[exponent] for exponent in sorted(magnitudes)])
-    if not rows.sum():
-        return 0.0
-    median = sorted(magnitudes)[int(np.searchsorted(rows.cumsum(), rows.sum() / 2))]
-    return FLOOR_SHARE * 2.0**median
-
-
 def _problem(
     indptr: NDArray[Any],
     indices: NDArray[Any],
@@ -377,7 +241,7 @@ def _fast_engine() -> ModuleType | None:
         import numba  # noqa: F401
     except ImportError:  # an optional dependency
         return None
-    from unlearn_spark.als import fast
+    from unlearn_spark.core import simd as fast
 
     return fast
 
@@ -503,11 +367,6 @@ def _cholesky_solve(A: NDArray[Any] | None, b: NDArray[Any]) -> NDArray[Any] | N
     return x if pivot * pivot > 2 * k * np.finfo(dtype).eps * largest else None
 
 
-def safe_range(dtype: np.dtype[Any]) -> tuple[float, float]:
-    """Magnitudes of A's diagonal and of b that arithmetic in `dtype` is trusted with."""
-    return (1e-30, 1e30) if dtype == np.float32 else (1e-280, 1e280)
-
-
 def _in_range(magnitude: Any, dtype: np.dtype[Any]) -> Any:
     low, high = safe_range(dtype)
     return (magnitude > low) & (magnitude < high)
@@ -605,16 +464,6 @@ def _active_set(A: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.fl
 
 
 # --- residuals ------------------------------------------------------------------------------------
-
-
-def _row_chunks(indptr: NDArray[np.int64], step: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of rows with about `step` ratings; a longer row makes a range alone."""
-    first, n = 0, len(indptr) - 1
-    while first < n:
-        last = int(np.searchsorted(indptr, indptr[first] + step, side="right")) - 1
-        last = min(max(last, first + 1), first + step, n)
-        yield first, last
-        first = last
 
 
 def _add_residuals(

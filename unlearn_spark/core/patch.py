@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.als.blocks import SIDES, RatingBlock, other_side, places_in, raw
-from unlearn_spark.als.kernel import relative_residual, row_residuals
-from unlearn_spark.als.solver import OtherSide
-from unlearn_spark.unlearning.ledger import gram, moved_norms
+from unlearn_spark.core.blocks import SIDES, RatingBlock, other_side, places_in, raw
+from unlearn_spark.core.bounds import gram, moved_norms
+from unlearn_spark.core.kernel import row_residuals
+from unlearn_spark.core.objective import relative_residual
+from unlearn_spark.core.solver import OtherSide
 
 if TYPE_CHECKING:
-    from unlearn_spark.als.solver import Solver
+    from unlearn_spark.core.solver import Solver
 
 MOST_TURNS = 2000
 """After so many half-sweeps of a patch the night goes on with what is over tau by then."""

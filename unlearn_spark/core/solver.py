@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.als.acceleration import curvature_weights, history_products, mix
-from unlearn_spark.als.blocks import RatingBlock, raw
-from unlearn_spark.als.kernel import Objective, relative_residual, solve_rows
+from unlearn_spark.core.acceleration import curvature_weights, history_products, mix
+from unlearn_spark.core.blocks import RatingBlock, raw
+from unlearn_spark.core.kernel import solve_rows
+from unlearn_spark.core.objective import Objective, relative_residual
 
 MESSAGE_BYTES = 131_072
 """Factors in one row of a table that travels. Objects of megabytes are more than half a region of

@@ -18,7 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy import sparse
 
-from unlearn_spark.als.kernel import Objective
+from unlearn_spark.core.objective import Objective
 
 SLICE = 200_000
 """Ratings whose products are formed at a time: 100 MB at rank 64."""

@@ -1,0 +1,86 @@
+"""What a training reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from unlearn_spark.als.training import Encoded
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What one sweep found about the iterate that it started from.
+
+    Attributes
+    ----------
+    sweep
+        From 1.
+    objective
+        Of the anchor's iterate with the other side solved exactly for it.
+    max_residual
+        Largest relative residual over all rows of both sides (`relative_residual`).
+    seconds
+        Wall clock of this sweep.
+    eta
+        Seconds to tolerance, extrapolated from the residual's recent decay; None at first.
+    """
+
+    sweep: int
+    objective: float
+    max_residual: float
+    seconds: float
+    eta: float | None
+
+    def line(self) -> str:
+        """For a terminal."""
+        text = (
+            f"sweep {self.sweep:3d}  objective {self.objective:.6e}  "
+            f"max residual {self.max_residual:.2e}  {self.seconds:.1f} s"
+        )
+        return text if self.eta is None else f"{text}  about {self.eta:.0f} s to go"
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How a training went; `seconds` is everything, `sweep_seconds` the mean of the sweeps."""
+
+    users: int
+    items: int
+    ratings: int
+    sweeps: int
+    converged: bool
+    objective: float
+    max_residual: float
+    seconds: float
+    sweep_seconds: float
+    encode_seconds: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        encoded: Encoded,
+        reports: Sequence[SweepReport],
+        converged: bool,
+        objective: float,
+        max_residual: float,
+        started: float,
+        encode_seconds: float,
+    ) -> TrainingSummary:
+        """Of a fit that began at `started` (`time.perf_counter`) and ends now."""
+        return cls(
+            users=encoded.layouts["user"].n_rows,
+            items=encoded.layouts["item"].n_rows,
+            ratings=encoded.n_ratings,
+            sweeps=len(reports),
+            converged=converged,
+            objective=objective,
+            max_residual=max_residual,
+            seconds=time.perf_counter() - started,
+            sweep_seconds=sum(report.seconds for report in reports) / max(1, len(reports)),
+            encode_seconds=encode_seconds,
+            history=[asdict(report) for report in reports],
+        )
