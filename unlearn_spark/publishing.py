@@ -7,11 +7,11 @@ published version untouched, and its own writes replace whatever was left behind
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from unlearn_spark.als.encoding import stored_chunks
+from unlearn_spark.concurrency import together
 from unlearn_spark.errors import InputError
 from unlearn_spark.tables import factors, models
 from unlearn_spark.tables.models import ModelVersion
@@ -22,18 +22,6 @@ if TYPE_CHECKING:
     from unlearn_spark.als.training import Encoded, FitResult
     from unlearn_spark.config import AlsSettings
     from unlearn_spark.tables.store import Store
-
-T = TypeVar("T")
-
-
-def together(tasks: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """Run independent Spark actions at the same time; returns what each gave.
-
-    A small one mostly waits for the driver, so four of them take little more than one.
-    """
-    with ThreadPoolExecutor(max_workers=max(1, len(tasks))) as pool:
-        running = {name: pool.submit(task) for name, task in tasks.items()}
-        return {name: future.result() for name, future in running.items()}
 
 
 def write_whole_model(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unlearn_spark.errors import SettingsError, UserError
+from unlearn_spark.tables.session_conf import set_if_allowed
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -274,15 +275,6 @@ def _first_cause(error: BaseException) -> str:
     if any(word in str(error) for word in ("BindException", "Address already in use")):
         chosen += " (a port is taken: change spark.conf's port, or free it)"
     return chosen
-
-
-def set_if_allowed(session: SparkSession, key: str, value: str) -> bool:
-    """Set a runtime setting; False where the cluster forbids to change it, or it is none."""
-    try:
-        session.conf.set(key, value)
-    except Exception:  # classic sessions and Connect have classes of their own for it
-        return False
-    return True
 
 
 def _set_up(session: SparkSession, wanted: Mapping[str, object]) -> None:

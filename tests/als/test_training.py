@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from unlearn_spark.als.spark import session_conf
 from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.solver import MESSAGE_BYTES
 from unlearn_spark.errors import InputError
+from unlearn_spark.tables.session_conf import session_conf
 
 
 def small_ratings(seed, n_users=40, n_items=25, share=0.3):

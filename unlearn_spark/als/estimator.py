@@ -48,11 +48,11 @@ from pyspark.sql.types import ArrayType, FloatType, StructField, StructType
 from pyspark.storagelevel import StorageLevel
 
 from unlearn_spark.als.scoring import predict_pairs, require_ids, top_n
-from unlearn_spark.als.spark import quoted
 from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.core.training import TrainingSummary
 from unlearn_spark.errors import InputError, SettingsError
+from unlearn_spark.tables.sql import quoted
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

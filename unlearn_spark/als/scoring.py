@@ -26,15 +26,9 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from unlearn_spark.als.spark import (
-    arrays_of,
-    balanced_keys,
-    binary_table,
-    block_of,
-    matrix_of,
-    quoted,
-)
+from unlearn_spark.als.spark import arrays_of, balanced_keys, binary_table, matrix_of
 from unlearn_spark.errors import InputError
+from unlearn_spark.tables.sql import block_of, quoted
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,9 @@ import pyarrow as pa
 from pyspark.sql import functions as F
 
 from unlearn_spark.core.blocks import RatingBlock
-from unlearn_spark.session import set_if_allowed
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
 PART_SCHEMA = "key int, part int, slots binary, counts binary, others binary, values binary"
 """Pieces of rating parts: whole rows, or loose ratings, where `counts` is null and `slots` names
@@ -174,28 +172,6 @@ SMALL_QUERIES = {
 there may be many rows, the number of partitions must be said."""
 
 
-@contextmanager
-def session_conf(spark: SparkSession, conf: Mapping[str, str]) -> Iterator[None]:
-    """Plans that are made and run inside have these settings, and the session its own again.
-
-    For settings that change how long something takes and no result: those that a cluster forbids to
-    change are left as they are.
-    """
-    before: dict[str, str | None] = {}
-    try:
-        for key, value in conf.items():
-            old = spark.conf.get(key, None)
-            if set_if_allowed(spark, key, value):
-                before[key] = old
-        yield
-    finally:
-        for key, old in before.items():
-            if old is None:
-                spark.conf.unset(key)
-            else:
-                spark.conf.set(key, old)
-
-
 def session_parallelism(spark: SparkSession) -> int:
     """Task slots of the session, learnt in a way that Connect allows.
 
@@ -246,34 +222,6 @@ def part_key(slot: str, keys: Sequence[int]) -> str:
 def int_array(numbers: Iterable[int]) -> str:
     """SQL for: an array of these numbers."""
     return f"array({', '.join(map(str, numbers))})"
-
-
-def block_of(id: str, n_blocks: int) -> Column:
-    """The storage block of ids (a column of the type that they are stored in)."""
-    return F.pmod(F.xxhash64(id), F.lit(n_blocks)).cast("int")
-
-
-def quoted(name: str) -> str:
-    """A name as SQL and expressions write it, whatever characters are in it."""
-    return "`" + name.replace("`", "``") + "`"
-
-
-def one_of(column: str, numbers: Iterable[int]) -> str:
-    """SQL for: an integer column has one of these values. In this form files are skipped by it."""
-    listed = ", ".join(map(str, sorted(numbers)))
-    return f"{column} IN ({listed})" if listed else "false"
-
-
-def in_blocks(numbers: Iterable[int]) -> str:
-    """SQL for: the row is in one of these blocks."""
-    return one_of("block", numbers)
-
-
-def in_blocks_of_sides(blocks: Mapping[str, Iterable[int]]) -> str:
-    """As `in_blocks`, of rows that have a `side`."""
-    return " OR ".join(
-        f"(side = '{side}' AND {in_blocks(numbers)})" for side, numbers in blocks.items()
-    )
 
 
 def materialise(frame: DataFrame, how: str) -> DataFrame:

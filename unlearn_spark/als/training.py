@@ -25,7 +25,6 @@ from unlearn_spark.als.spark import (
     materialise,
     matrix_of,
     pieces_table,
-    session_conf,
     session_parallelism,
 )
 from unlearn_spark.als.sweep import (
@@ -47,7 +46,8 @@ from unlearn_spark.core.objective import Objective
 from unlearn_spark.core.solver import Solver
 from unlearn_spark.core.training import SweepReport, TrainingSummary
 from unlearn_spark.errors import InputError
-from unlearn_spark.tables.factors import bound_expression
+from unlearn_spark.tables.session_conf import session_conf
+from unlearn_spark.tables.sql import bound_expression
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, Row

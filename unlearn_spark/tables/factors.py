@@ -22,18 +22,15 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from unlearn_spark.als.spark import (
-    SMALL_ROW_GROUPS,
-    in_blocks,
-    in_blocks_of_sides,
-    session_conf,
-)
+from unlearn_spark.als.spark import SMALL_ROW_GROUPS
+from unlearn_spark.tables.session_conf import session_conf
+from unlearn_spark.tables.sql import bound_expression, in_blocks, in_blocks_of_sides
 from unlearn_spark.tables.store import TableSpec, outdated
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from pyspark.sql import Column, DataFrame
+    from pyspark.sql import DataFrame
 
     from unlearn_spark.tables.store import Store
 
@@ -121,12 +118,6 @@ RATING_CHANGES_SPEC = TableSpec(
 )
 """What changed in the rating blocks since they were packed: change -1 removes the pair, +1 adds
 it. Ratings of a night are few; packing them anew would rewrite every block they touch."""
-
-
-def bound_expression(floor: Column) -> Column:
-    """`relative_residual` of the columns gradient_norm and b_norm."""
-    g, b = F.col("gradient_norm"), F.greatest("b_norm", floor)
-    return F.when(b > 0, g / b).otherwise(F.when(g > 0, F.lit(float("inf"))).otherwise(F.lit(0.0)))
 
 
 def _placed(rows: DataFrame, *partition: str, within: str, n_tasks: int | None = None) -> DataFrame:

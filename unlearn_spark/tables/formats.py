@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from unlearn_spark.als.spark import session_conf
 from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.preconditions import for_spark, is_remote
+from unlearn_spark.tables.session_conf import session_conf
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from unlearn_spark.als.spark import one_of, session_conf
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import formats, quarantine, receipts, tombstones
+from unlearn_spark.tables.session_conf import session_conf
+from unlearn_spark.tables.sql import one_of
 from unlearn_spark.tables.store import Store, TableSpec, outdated
 from unlearn_spark.unlearning import requests
 

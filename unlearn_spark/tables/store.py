@@ -19,10 +19,10 @@ import pyarrow as pa
 from pyspark.errors import AnalysisException
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.spark import quoted
 from unlearn_spark.config import Settings
 from unlearn_spark.errors import ConflictError, InputError, SettingsError, TableMissingError
 from unlearn_spark.preconditions import is_remote, nearest_existing
+from unlearn_spark.tables.sql import quoted
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, DataFrameWriter, SparkSession

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import functions as F
 
-from unlearn_spark import publishing
-from unlearn_spark.als.spark import block_of, materialise
+from unlearn_spark.als.spark import materialise
+from unlearn_spark.concurrency import together
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import InputError
 from unlearn_spark.tables import ratings, tombstones
+from unlearn_spark.tables.sql import block_of
 from unlearn_spark.unlearning import requests
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
     """
     if model.ratings_version is None:
         raise InputError(f"model version {model.model_version} names no ratings; train it here")
-    heads = publishing.together(
+    heads = together(
         {
             "ratings": lambda: store.version(ratings.TABLE),
             "tombstones": lambda: tombstones.version(store),

@@ -32,13 +32,7 @@ from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
 from unlearn_spark.als.encoding import TASK_RATINGS
-from unlearn_spark.als.spark import (
-    balanced_keys,
-    in_blocks_of_sides,
-    materialise,
-    one_of,
-    part_key,
-)
+from unlearn_spark.als.spark import balanced_keys, materialise, part_key
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.core.bounds import drift
 from unlearn_spark.core.ledger_page import NOTHING, PAGE_ROWS, Paging, Summary
@@ -50,6 +44,7 @@ from unlearn_spark.core.rounds import (
     TOGETHER_RATINGS,
     Work,
 )
+from unlearn_spark.tables.sql import in_blocks_of_sides, one_of
 from unlearn_spark.unlearning import exchange
 
 if TYPE_CHECKING:

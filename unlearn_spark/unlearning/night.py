@@ -18,21 +18,21 @@ from pyspark.sql import functions as F
 from unlearn_spark import publishing
 from unlearn_spark.als.spark import (
     SMALL_QUERIES,
-    block_of,
     gram_of,
-    in_blocks,
     list_column,
     materialise,
-    session_conf,
     session_parallelism,
 )
 from unlearn_spark.als.training import aggregates_of, fit_factors, solver_of
+from unlearn_spark.concurrency import together
 from unlearn_spark.core.blocks import SIDES, other_side
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.rounds import Work
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import factors, models, ratings, receipts
 from unlearn_spark.tables.models import Sizes
+from unlearn_spark.tables.session_conf import session_conf
+from unlearn_spark.tables.sql import block_of, in_blocks
 from unlearn_spark.unlearning.changes import MOST_NAMED, Changes, collect_changes, find_news
 from unlearn_spark.unlearning.frontier import Frontier
 
@@ -122,7 +122,7 @@ def run_night(
         return idle
     night, done = None, None
     with session_conf(store.spark, SMALL_QUERIES if news.is_small else {}):
-        found: dict[str, Any] = publishing.together(
+        found: dict[str, Any] = together(
             {
                 "changes": partial(collect_changes, store, model, news, checkpoint),
                 "sizes": partial(models.sizes, store, model),
@@ -250,7 +250,7 @@ def restore(store: Store, model: ModelVersion) -> dict[str, int]:
         wanted = getattr(model, f"{table}_version")
         if wanted is not None:
             tasks[f"{table}_version"] = partial(store.restore, table, wanted)
-    return publishing.together(tasks)
+    return together(tasks)
 
 
 def read_logs(store: Store, model: ModelVersion) -> None:
@@ -278,14 +278,14 @@ class Night:
         # What this night reads it names by version: only its writes have to wait for this.
         self.bases = ThreadPoolExecutor(1).submit(restore, store, model)
         self.published = dict(zip(SIDES, models.read_factors(store, model), strict=True))
-        self.touched: dict[str, DataFrame] = publishing.together(
+        self.touched: dict[str, DataFrame] = together(
             {side: partial(self._touched, side) for side in SIDES}
         )
         counts = (
             F.expr("count_if(is_new) - count_if(NOT is_new AND n_ratings <= 0)"),
             F.coalesce(F.max("slot"), F.lit(0)),
         )
-        found: dict[str, Any] = publishing.together(
+        found: dict[str, Any] = together(
             {
                 "sizes": lambda: aggregates_of(self.touched, *counts),
                 "slotted": lambda: self._kept(self._slotted()),
@@ -487,7 +487,7 @@ class Night:
         store, changes, tau = self.store, self.changes, self.tonight.unlearn.tau
         n_solved = sum(self.n_solved.values())
         bases = self.bases.result()
-        written = publishing.together(
+        written = together(
             {
                 **self._partial_writes(),
                 **_receipts_write(store, self.model, changes, n_solved, self.worst),

@@ -1,0 +1,45 @@
+"""Expressions over blocks of rows, as Columns and as SQL that skips files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column
+
+
+def block_of(id: str, n_blocks: int) -> Column:
+    """The storage block of ids (a column of the type that they are stored in)."""
+    return F.pmod(F.xxhash64(id), F.lit(n_blocks)).cast("int")
+
+
+def quoted(name: str) -> str:
+    """A name as SQL and expressions write it, whatever characters are in it."""
+    return "`" + name.replace("`", "``") + "`"
+
+
+def one_of(column: str, numbers: Iterable[int]) -> str:
+    """SQL for: an integer column has one of these values. In this form files are skipped by it."""
+    listed = ", ".join(map(str, sorted(numbers)))
+    return f"{column} IN ({listed})" if listed else "false"
+
+
+def in_blocks(numbers: Iterable[int]) -> str:
+    """SQL for: the row is in one of these blocks."""
+    return one_of("block", numbers)
+
+
+def in_blocks_of_sides(blocks: Mapping[str, Iterable[int]]) -> str:
+    """As `in_blocks`, of rows that have a `side`."""
+    return " OR ".join(
+        f"(side = '{side}' AND {in_blocks(numbers)})" for side, numbers in blocks.items()
+    )
+
+
+def bound_expression(floor: Column) -> Column:
+    """`relative_residual` of the columns gradient_norm and b_norm."""
+    g, b = F.col("gradient_norm"), F.greatest("b_norm", floor)
+    return F.when(b > 0, g / b).otherwise(F.when(g > 0, F.lit(float("inf"))).otherwise(F.lit(0.0)))
