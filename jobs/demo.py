@@ -17,7 +17,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from unlearn_spark.cli import JobContext, job, progress, run
-from unlearn_spark.tables import formats
+from unlearn_spark.ingestion import formats
 
 SMALL_FILE = 16 << 20
 """Bytes of ratings, some 600,000 of them, up to which Spark plans and runs as for few rows."""

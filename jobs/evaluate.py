@@ -76,7 +76,8 @@ def of_published(
 ) -> dict[str, Any]:
     """Metrics of a published model on ratings from a file."""
     from unlearn_spark.evaluation.metrics import held_out_metrics
-    from unlearn_spark.tables import formats, models, ratings, tombstones
+    from unlearn_spark.ingestion import formats
+    from unlearn_spark.tables import models, ratings, tombstones
 
     renamed = formats.parse_columns(columns)
     store = context.store

@@ -16,7 +16,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from unlearn_spark.cli import JobContext, job, progress, run
-from unlearn_spark.tables.foreign import FORMATS
+from unlearn_spark.ingestion.factors import FORMATS
 
 if TYPE_CHECKING:
     from unlearn_spark.als.adoption import AdoptedFit
@@ -47,7 +47,9 @@ def main(context: JobContext, path: str, form: str, converge: bool) -> dict[str,
     residual_before that is not finite is null."""
     from unlearn_spark import publishing
     from unlearn_spark.als.adoption import adopt_factors
-    from unlearn_spark.tables import foreign, formats, models, ratings, tombstones
+    from unlearn_spark.ingestion import factors as foreign
+    from unlearn_spark.ingestion import formats
+    from unlearn_spark.tables import models, ratings, tombstones
 
     formats.check_exists(path)
     store, settings = context.store, context.settings

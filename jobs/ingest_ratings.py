@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import click
 
 from unlearn_spark.cli import JobContext, job, progress, run
-from unlearn_spark.tables import formats, ratings
+from unlearn_spark.ingestion import formats
+from unlearn_spark.tables import ratings
 
 
 @job("Ingest ratings.")

@@ -15,7 +15,7 @@ from pyspark.sql import types as T
 from unlearn_spark.als.adoption import adopt_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError, SettingsError
-from unlearn_spark.tables.foreign import read_factors
+from unlearn_spark.ingestion.factors import read_factors
 from unlearn_spark.tables.sql import bound_expression
 
 EXECUTION = ExecutionSettings()

@@ -7,8 +7,8 @@ import pytest
 from pyspark.ml.recommendation import ALS, ALSModel
 from pyspark.sql import types as T
 
+from unlearn_spark.ingestion.factors import read_factors
 from unlearn_spark.tables import models
-from unlearn_spark.tables.foreign import read_factors
 
 SETS = [
     word

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from unlearn_spark.tables import formats, models
+from unlearn_spark.ingestion import formats
+from unlearn_spark.tables import models
 from unlearn_spark.unlearning import comparison
 
 

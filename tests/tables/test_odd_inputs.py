@@ -21,9 +21,10 @@ from pyspark.sql import types as T
 
 from unlearn_spark.config import Settings
 from unlearn_spark.errors import InputError, SettingsError
+from unlearn_spark.ingestion import formats
+from unlearn_spark.ingestion.factors import read_factors
 from unlearn_spark.session import get_spark
-from unlearn_spark.tables import formats, quarantine, ratings, tombstones
-from unlearn_spark.tables.foreign import read_factors
+from unlearn_spark.tables import quarantine, ratings, tombstones
 
 NBSP, TAB, WIDE = "\u00a0", "\t", "\u3000"
 NEW_YEAR = 1609459200  # 2021-01-01, in seconds

@@ -24,7 +24,8 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from unlearn_spark.errors import ConflictError, InputError, SettingsError
-from unlearn_spark.tables import formats, quarantine, ratings
+from unlearn_spark.ingestion import formats
+from unlearn_spark.tables import quarantine, ratings
 from unlearn_spark.tables.store import Store, TableSpec
 
 THREE = [("1", "31", 2.5, 1260759144), ("1", "1029", 3.0, 1260759179), ("2", "31", 4.0, 835355493)]

@@ -16,8 +16,7 @@ import pytest
 from pyspark.sql import functions as F
 
 from unlearn_spark.errors import InputError, SettingsError
-from unlearn_spark.tables import quarantine, tombstones
-from unlearn_spark.unlearning import requests
+from unlearn_spark.tables import quarantine, requests, tombstones
 
 HEADER = "request_id,scope,user_id,item_id,from_ts,to_ts,requested_at"
 SCHEMA = (

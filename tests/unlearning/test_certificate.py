@@ -17,7 +17,8 @@ from unlearn_spark import publishing
 from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError
-from unlearn_spark.tables import factors, formats, models, ratings, receipts, tombstones
+from unlearn_spark.ingestion import formats
+from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.tables.store import Store
 from unlearn_spark.unlearning.certificate import Equations, audit
 

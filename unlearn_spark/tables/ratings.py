@@ -18,11 +18,11 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from unlearn_spark.errors import ConflictError, InputError
-from unlearn_spark.tables import formats, quarantine, receipts, tombstones
+from unlearn_spark.ingestion import formats
+from unlearn_spark.tables import quarantine, receipts, requests, tombstones
 from unlearn_spark.tables.session_conf import session_conf
 from unlearn_spark.tables.sql import one_of
 from unlearn_spark.tables.store import Store, TableSpec, outdated
-from unlearn_spark.unlearning import requests
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame

@@ -13,9 +13,10 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from unlearn_spark.errors import InputError, SettingsError
-from unlearn_spark.tables import formats, quarantine
+from unlearn_spark.ingestion import formats
+from unlearn_spark.tables import quarantine
+from unlearn_spark.tables.requests import HASHED_ID, SCOPES, typed_id
 from unlearn_spark.tables.store import Store, TableSpec
-from unlearn_spark.unlearning.requests import HASHED_ID, SCOPES, typed_id
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession

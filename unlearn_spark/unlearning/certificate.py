@@ -24,8 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
-from unlearn_spark.tables import factors, models, ratings
-from unlearn_spark.unlearning import requests
+from unlearn_spark.tables import factors, models, ratings, requests
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -15,9 +15,8 @@ from unlearn_spark.als.spark import materialise
 from unlearn_spark.concurrency import together
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import InputError
-from unlearn_spark.tables import ratings, tombstones
+from unlearn_spark.tables import ratings, requests, tombstones
 from unlearn_spark.tables.sql import block_of
-from unlearn_spark.unlearning import requests
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -43,8 +43,8 @@ from unlearn_spark.core.objective import Objective
 from unlearn_spark.errors import InputError
 from unlearn_spark.evaluation import membership
 from unlearn_spark.evaluation.metrics import held_out_metrics
-from unlearn_spark.tables import formats, models, ratings
-from unlearn_spark.unlearning import requests
+from unlearn_spark.ingestion import formats
+from unlearn_spark.tables import models, ratings, requests
 from unlearn_spark.unlearning.certificate import vectors_of
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from unlearn_spark.errors import InputError, SettingsError
-from unlearn_spark.tables.formats import check_exists, explained, read_table, text_of
-from unlearn_spark.unlearning.requests import typed_id
+from unlearn_spark.ingestion.formats import check_exists, explained, read_table, text_of
+from unlearn_spark.tables.requests import typed_id
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
