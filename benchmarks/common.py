@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from unlearn_spark.config import AlsSettings, ExecutionSettings, Settings, SparkSettings
 from unlearn_spark.evaluation import synthetic
-from unlearn_spark.session import get_spark
+from unlearn_spark.spark.session import get_spark
 
 if TYPE_CHECKING:
     import pyarrow as pa

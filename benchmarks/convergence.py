@@ -30,7 +30,7 @@ def first_below(history: list[dict[str, Any]], target: float) -> int | None:
 @click.option("--ratings", default=1_000_000, help="Generated ratings, beside those of --input.")
 def main(path: str | None, cap: int, ratings: int) -> None:
     """Print the table and save the raw figures."""
-    from unlearn_spark.als.training import fit_factors
+    from unlearn_spark.spark.training.training import fit_factors
 
     spark = common.session()
     sets: dict[str, tuple[Any, dict[str, Any]]] = {}

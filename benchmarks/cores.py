@@ -32,7 +32,7 @@ def sweep_seconds(
 ) -> dict[str, float]:
     """The least of eight sweeps, of the kernel alone and of a second fit in a session, both bound
     to so many cores."""
-    from unlearn_spark.als.training import fit_factors
+    from unlearn_spark.spark.training.training import fit_factors
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     sides = kernels.sides_of(*kernels.entries(users, items, ratings))

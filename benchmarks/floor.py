@@ -27,8 +27,8 @@ from pyspark.sql.types import IntegerType, LongType, StructField, StructType
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from unlearn_spark.als.spark import SMALL_QUERIES
 from unlearn_spark.concurrency import together
+from unlearn_spark.spark.settings import SMALL_QUERIES
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.tables.session_conf import session_conf
 from unlearn_spark.tables.store import Store, TableSpec

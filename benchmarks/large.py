@@ -18,7 +18,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from unlearn_spark.als.training import fit_factors
+from unlearn_spark.spark.training.training import fit_factors
 
 SHAPES = (
     (48_000, 10_700, 3_000_000),

@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.convergence import TARGETS, first_below
-from unlearn_spark.als.burst import Limits, sweep_in_memory
 from unlearn_spark.core.acceleration import Accelerator
 from unlearn_spark.core.blocks import RatingBlock
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.objective import Objective, floor_of, target_magnitudes
 from unlearn_spark.core.solver import Solver
 from unlearn_spark.evaluation import synthetic
+from unlearn_spark.spark.training.one_task import Limits, sweep_in_memory
 
 MEMORIES = (1, 3, 5)
 USERS, ITEMS, HEAD = 20_000, 100_000, 10

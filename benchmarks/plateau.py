@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.large import SHAPES
-from unlearn_spark.als.scoring import predict_pairs
-from unlearn_spark.als.training import fit_factors
 from unlearn_spark.evaluation.metrics import rmse, split_by_hash
+from unlearn_spark.spark.scoring import predict_pairs
+from unlearn_spark.spark.training.training import fit_factors
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-    from unlearn_spark.als.training import FitResult
+    from unlearn_spark.spark.training.training import FitResult
 
 HELD_OUT = 0.01
 

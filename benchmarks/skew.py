@@ -17,7 +17,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from unlearn_spark.als.training import fit_factors
+from unlearn_spark.spark.training.training import fit_factors
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

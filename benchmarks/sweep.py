@@ -30,7 +30,7 @@ def contestants(
     frame: Any, rank: int, implicit: bool, part_ratings: int
 ) -> dict[str, Callable[[int], float]]:
     """By name: fits with so many sweeps and returns the seconds."""
-    from unlearn_spark.als.training import fit_factors
+    from unlearn_spark.spark.training.training import fit_factors
 
     execution = ExecutionSettings(part_ratings=part_ratings)
 

@@ -71,8 +71,8 @@ def main(
     users: int, items: int, ratings: int, rank: int, tol: float, rounds: int, implicit: bool
 ) -> None:
     """Print the table and save the raw figures."""
-    from unlearn_spark.als.training import fit_factors
     from unlearn_spark.evaluation.metrics import split_by_hash
+    from unlearn_spark.spark.training.training import fit_factors
 
     spark = common.session()
     folder = Path(tempfile.mkdtemp(prefix="unlearn-bench-"))

@@ -64,8 +64,8 @@ def main(
     if held_out_format is not None and held_out is None:
         raise SettingsError("--held-out-format belongs to --held-out; give both")
 
+    from unlearn_spark.spark.audit import audit
     from unlearn_spark.tables import audits, models
-    from unlearn_spark.unlearning.certificate import audit
 
     store = context.store
     model = models.published(store, model_version)

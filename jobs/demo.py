@@ -155,8 +155,8 @@ def draw_scores(
     """
     import numpy as np
 
-    from unlearn_spark.als.scoring import predict_pairs
     from unlearn_spark.evaluation import plots
+    from unlearn_spark.spark.scoring import predict_pairs
     from unlearn_spark.tables import models, ratings
 
     store = context.store

@@ -105,8 +105,8 @@ def of_split(
     context: JobContext, fraction: float, seed: int, k: int, min_rating: float | None
 ) -> dict[str, Any]:
     """Metrics of the settings, fitted to one share of the ratings table and tried on the other."""
-    from unlearn_spark.als.training import fit_factors
     from unlearn_spark.evaluation.metrics import held_out_metrics, split_by_hash
+    from unlearn_spark.spark.training.training import fit_factors
     from unlearn_spark.tables import models, ratings, tombstones
 
     store = context.store

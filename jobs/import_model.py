@@ -19,8 +19,8 @@ from unlearn_spark.cli import JobContext, job, progress, run
 from unlearn_spark.ingestion.factors import FORMATS
 
 if TYPE_CHECKING:
-    from unlearn_spark.als.adoption import AdoptedFit
     from unlearn_spark.config import AlsSettings
+    from unlearn_spark.spark.training.adoption import AdoptedFit
 
 
 @job("Import factors that were trained elsewhere and publish them as a model version.")
@@ -46,9 +46,9 @@ def main(context: JobContext, path: str, form: str, converge: bool) -> dict[str,
     factors. Ratings that a deletion request covers are left out, as in training. A
     residual_before that is not finite is null."""
     from unlearn_spark import publishing
-    from unlearn_spark.als.adoption import adopt_factors
     from unlearn_spark.ingestion import factors as foreign
     from unlearn_spark.ingestion import formats
+    from unlearn_spark.spark.training.adoption import adopt_factors
     from unlearn_spark.tables import models, ratings, tombstones
 
     formats.check_exists(path)

@@ -56,7 +56,7 @@ def main(
     """The last line on stdout is one JSON object: users, rows, model_version, output."""
     from pyspark.sql import functions as F
 
-    from unlearn_spark.als.scoring import top_n
+    from unlearn_spark.spark.scoring import top_n
     from unlearn_spark.tables import models, recommendations
 
     if output is not None:

@@ -24,8 +24,8 @@ def main(context: JobContext, plot: str | None) -> dict[str, Any]:
     """Stops when no factor row's relative residual exceeds als.tol, or after als.max_sweeps.
     Progress goes to stderr; the last line on stdout is one JSON object."""
     from unlearn_spark import publishing
-    from unlearn_spark.als.training import fit_factors
     from unlearn_spark.preconditions import require_picture
+    from unlearn_spark.spark.training.training import fit_factors
     from unlearn_spark.tables import models, ratings, tombstones
 
     if plot:

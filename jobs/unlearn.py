@@ -20,7 +20,7 @@ def main(context: JobContext) -> dict[str, Any]:
     rows that this disturbed, and publishes factors whose residual is within unlearn.tau on every
     row. Ratings ingested meanwhile are folded in by the same pass. Nothing pending: nothing
     written."""
-    from unlearn_spark.unlearning.night import run_night
+    from unlearn_spark.spark.night.night import run_night
 
     return run_night(context.store, context.settings, progress, kind="unlearn")
 

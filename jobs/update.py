@@ -18,7 +18,7 @@ from unlearn_spark.cli import JobContext, job, progress, run
 def main(context: JobContext) -> dict[str, Any]:
     """New users and items come in, corrected ratings replace the old ones, and pending deletion
     requests are honoured by the same pass. Nothing new: nothing written."""
-    from unlearn_spark.unlearning.night import run_night
+    from unlearn_spark.spark.night.night import run_night
 
     return run_night(context.store, context.settings, progress, kind="update")
 

@@ -17,7 +17,7 @@ import pytest
 
 from unlearn_spark import cli
 from unlearn_spark.config import Settings
-from unlearn_spark.session import get_spark
+from unlearn_spark.spark.session import get_spark
 from unlearn_spark.tables.store import Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ PROGRAM = """
 import runpy, sys
 from pyspark.sql.connect.session import SparkSession
 from unlearn_spark.config import Settings
-from unlearn_spark.session import get_spark
+from unlearn_spark.spark.session import get_spark
 settings = Settings(spark=dict(remote="local[2]", driver_memory="2g"))
 assert isinstance(get_spark(settings), SparkSession)
 sys.argv = ["jobs/demo.py", "--root", sys.argv[1]]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from unlearn_spark import session
 from unlearn_spark.errors import UserError
+from unlearn_spark.spark import session
 
 
 def test_a_users_options_of_the_jvm_come_after_the_products_own():
@@ -37,7 +37,7 @@ def test_a_session_has_the_defaults_but_where_a_user_set_another():
     keys = ("parquet.enable.dictionary#factors.list.element", "spark.sql.session.timeZone")
     program = f"""
 from unlearn_spark.config import Settings
-from unlearn_spark.session import get_spark
+from unlearn_spark.spark.session import get_spark
 settings = Settings(spark=dict(master="local[1]", conf=dict([({keys[1]!r}, "Asia/Tokyo")])))
 spark = get_spark(settings)
 print(*[spark.conf.get(key) for key in {keys!r}])
@@ -53,7 +53,7 @@ def test_a_session_that_runs_gets_a_users_settings_and_says_which_it_cannot_chan
     program = """
 from pyspark.sql import SparkSession
 from unlearn_spark.config import Settings
-from unlearn_spark.session import get_spark
+from unlearn_spark.spark.session import get_spark
 running = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
 conf = {
     "spark.sql.shuffle.partitions": "7",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyspark
 
-from unlearn_spark.worker_daemon import without_archives
+from unlearn_spark.spark.worker_daemon import without_archives
 
 HOME = Path(pyspark.__file__).parent
 
@@ -29,7 +29,9 @@ def test_where_the_archives_are_all_there_is_they_stay(tmp_path):
 
 def test_workers_load_no_settings():
     """On a cluster, where they are not forked from our daemon, each would wait for it."""
-    program = "import sys, unlearn_spark.als.sweep; print('pydantic' in sys.modules)"
+    program = (
+        "import sys, unlearn_spark.spark.training.half_sweep; print('pydantic' in sys.modules)"
+    )
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False"]

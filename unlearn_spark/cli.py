@@ -39,7 +39,7 @@ class JobContext:
     @property
     def spark(self) -> SparkSession:
         if self._spark is None:
-            from unlearn_spark.session import get_spark
+            from unlearn_spark.spark.session import get_spark
 
             self._spark = get_spark(self.settings)
         return self._spark

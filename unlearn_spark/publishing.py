@@ -10,17 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from unlearn_spark.als.encoding import stored_chunks
 from unlearn_spark.concurrency import together
 from unlearn_spark.errors import InputError
+from unlearn_spark.spark.training.encoding import stored_chunks
 from unlearn_spark.tables import factors, models
 from unlearn_spark.tables.models import ModelVersion
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-    from unlearn_spark.als.training import Encoded, FitResult
     from unlearn_spark.config import AlsSettings
+    from unlearn_spark.spark.training.encoded import Encoded
+    from unlearn_spark.spark.training.training import FitResult
     from unlearn_spark.tables.store import Store
 
 

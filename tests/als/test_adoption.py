@@ -12,10 +12,10 @@ from pyspark.ml.recommendation import ALS
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from unlearn_spark.als.adoption import adopt_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.ingestion.factors import read_factors
+from unlearn_spark.spark.training.adoption import adopt_factors
 from unlearn_spark.tables.sql import bound_expression
 
 EXECUTION = ExecutionSettings()

@@ -6,8 +6,9 @@ from chispa import assert_df_equality
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
-from unlearn_spark.als import encoding
-from unlearn_spark.als.encoding import SideLayout
+from unlearn_spark.core.layout import MAX_BLOCKS, choose_blocks
+from unlearn_spark.spark.training import encoding
+from unlearn_spark.spark.training.layout import SideLayout
 
 N_BLOCKS = {"user": 4, "item": 2}
 
@@ -68,12 +69,12 @@ def test_rows_are_estimated_and_ratings_counted(ratings, fragments):
         (9_000, 10_000_000, 2, 8),
         (250, 1_000_000_000, 100, 128),
         (480_189, 100_480_507, 2, 32),
-        (1_000_000_000, 10_000_000_000, 2, encoding.MAX_BLOCKS),
+        (1_000_000_000, 10_000_000_000, 2, MAX_BLOCKS),
     ],
 )
 def test_number_of_blocks(n_rows, n_ratings, parallelism, n_blocks):
-    assert encoding.choose_blocks(n_rows, n_ratings, parallelism, None) == n_blocks
-    assert encoding.choose_blocks(n_rows, n_ratings, parallelism, 3) == 3
+    assert choose_blocks(n_rows, n_ratings, parallelism, None) == n_blocks
+    assert choose_blocks(n_rows, n_ratings, parallelism, 3) == 3
 
 
 def test_every_rating_is_once_in_a_part_of_either_side(ratings, fragments, numbered):

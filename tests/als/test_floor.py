@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unlearn_spark.als.burst import CONVERGED, Limits, sweep_in_memory
 from unlearn_spark.core.acceleration import Accelerator
 from unlearn_spark.core.blocks import RatingBlock
 from unlearn_spark.core.initial import initial_factors
@@ -20,6 +19,7 @@ from unlearn_spark.core.objective import (
     target_magnitudes,
 )
 from unlearn_spark.core.solver import Solver
+from unlearn_spark.spark.training.one_task import CONVERGED, Limits, sweep_in_memory
 
 EXPLICIT, IMPLICIT = Objective(0.1), Objective(0.1, implicit_prefs=True, alpha=3.0)
 OBJECTIVES = {"explicit": EXPLICIT, "implicit": IMPLICIT}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from pyspark import SparkFiles
 
-from unlearn_spark.als import training
-from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
+from unlearn_spark.spark.training import training
+from unlearn_spark.spark.training.sweeper import MOST_MISSED, Sweeper
+from unlearn_spark.spark.training.training import fit_factors
 
 ALS = AlsSettings(
     rank=3, reg_param=0.1, memory=1, max_sweeps=4, tol=1e-12, user_blocks=8, item_blocks=8
@@ -46,9 +47,9 @@ def factors(result):
 def sent(monkeypatch):
     """One boolean for every attempt at a sweep: did it send the ratings?"""
     found = []
-    sweep = training.Sweeper._sweep
+    sweep = Sweeper._sweep
     monkeypatch.setattr(
-        training.Sweeper,
+        Sweeper,
         "_sweep",
         lambda self, iterate, all_parts: found.append(all_parts) or sweep(self, iterate, all_parts),
     )
@@ -100,6 +101,6 @@ def test_ratings_are_sent_where_no_file_can_be_kept(ratings, expected, sent, mon
     in_the_way.touch()  # instead of a directory
     result = fit(ratings)
     np.testing.assert_array_equal(factors(result), expected)
-    assert sent == [False, True] * training.MOST_MISSED + [True]
+    assert sent == [False, True] * MOST_MISSED + [True]
     result.release()
     in_the_way.unlink()

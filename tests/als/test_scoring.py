@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import functions as F
 
-from unlearn_spark.als import scoring
-from unlearn_spark.als.scoring import best, predict_pairs, top_n
 from unlearn_spark.errors import InputError
+from unlearn_spark.spark import scoring
+from unlearn_spark.spark.scoring import best, predict_pairs, top_n
 
 
 def brute_force(queries, candidates, n, excluded=frozenset()):

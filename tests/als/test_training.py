@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.solver import MESSAGE_BYTES
 from unlearn_spark.errors import InputError
+from unlearn_spark.spark.training.training import fit_factors
 from unlearn_spark.tables.session_conf import session_conf
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 
 from unlearn_spark.errors import UserError
-from unlearn_spark.session import ensure_java
+from unlearn_spark.spark.java import ensure_java
 from unlearn_spark.tables import quarantine, ratings
 from unlearn_spark.tables.store import Store
 

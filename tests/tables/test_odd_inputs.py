@@ -23,7 +23,7 @@ from unlearn_spark.config import Settings
 from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.ingestion import formats
 from unlearn_spark.ingestion.factors import read_factors
-from unlearn_spark.session import get_spark
+from unlearn_spark.spark.session import get_spark
 from unlearn_spark.tables import quarantine, ratings, tombstones
 
 NBSP, TAB, WIDE = "\u00a0", "\t", "\u3000"

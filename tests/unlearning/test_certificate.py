@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from pyspark.sql import functions as F
 
 from unlearn_spark import publishing
-from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError
 from unlearn_spark.ingestion import formats
+from unlearn_spark.spark.audit import Equations, audit
+from unlearn_spark.spark.training.training import fit_factors
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.tables.store import Store
-from unlearn_spark.unlearning.certificate import Equations, audit
 
 USERS, ITEMS, RANK = 60, 30, 4
 TAU = 2e-2

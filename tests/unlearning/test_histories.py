@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from unlearn_spark.spark.night import changes
+from unlearn_spark.spark.night import rounds as frontier
 from unlearn_spark.tables import models, receipts
 from unlearn_spark.tables.store import Store
-from unlearn_spark.unlearning import changes, frontier
 
 TAU = 2e-2
 RANK, REG_PARAM, ALPHA = 2, 0.1, 2.0

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from unlearn_spark.spark.night import changes as changes_module
+from unlearn_spark.spark.night import rounds as frontier
 from unlearn_spark.tables import models, ratings, receipts
-from unlearn_spark.unlearning import changes as changes_module
-from unlearn_spark.unlearning import frontier
 
 TAU = 2e-2
 COMMON = ["als.rank=4", "als.reg_param=0.1", "als.tol=5e-3", "als.alpha=2.0", f"unlearn.tau={TAU}"]

@@ -47,11 +47,11 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, FloatType, StructField, StructType
 from pyspark.storagelevel import StorageLevel
 
-from unlearn_spark.als.scoring import predict_pairs, require_ids, top_n
-from unlearn_spark.als.training import fit_factors
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.core.training import TrainingSummary
 from unlearn_spark.errors import InputError, SettingsError
+from unlearn_spark.spark.scoring import predict_pairs, require_ids, top_n
+from unlearn_spark.spark.training.training import fit_factors
 from unlearn_spark.tables.sql import quoted
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unlearn_spark.config import AlsSettings
 from unlearn_spark.core.acceleration import curvature_weights, history_products, mix
 from unlearn_spark.core.blocks import RatingBlock, raw
 from unlearn_spark.core.kernel import solve_rows
@@ -218,3 +219,11 @@ def mixed(
         y = np.maximum(y, 0)  # weights may be negative
     first = 2 if drop_newest else 0
     return np.concatenate([y[None], history[first : first + 2 * keep]])
+
+
+def solver_of(settings: AlsSettings) -> Solver:
+    """The worker-side half of the settings."""
+    objective = Objective(
+        settings.reg_param, settings.implicit_prefs, settings.alpha, settings.nonnegative
+    )
+    return Solver(objective, settings.rank, settings.dtype)

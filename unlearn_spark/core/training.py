@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from unlearn_spark.als.training import Encoded
+from unlearn_spark.spark.training.encoded import Encoded
 
 
 @dataclass(frozen=True)

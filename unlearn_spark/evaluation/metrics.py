@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from pyspark.sql import functions as F
 from scipy.stats import rankdata
 
-from unlearn_spark.als.scoring import predict_pairs, top_n
 from unlearn_spark.errors import InputError
+from unlearn_spark.spark.scoring import predict_pairs, top_n
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame

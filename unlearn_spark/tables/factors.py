@@ -22,7 +22,6 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from unlearn_spark.als.spark import SMALL_ROW_GROUPS
 from unlearn_spark.tables.session_conf import session_conf
 from unlearn_spark.tables.sql import bound_expression, in_blocks, in_blocks_of_sides
 from unlearn_spark.tables.store import TableSpec, outdated
@@ -222,3 +221,9 @@ def clear_rating_changes(store: Store) -> int:
     """Empty the changes: the packed ratings are whole."""
     store.create(RATING_CHANGES, RATING_CHANGES_SPEC)
     return store.overwrite(RATING_CHANGES, store.frame([], RATING_CHANGES_SPEC.schema))
+
+
+SMALL_ROW_GROUPS = {"parquet.block.size": str(256 * 1024), "parquet.page.size.row.check.min": "1"}
+"""Parquet files of many row groups, each with statistics of its own: one row each where rows are as
+large as a chunk of ratings, so that of a file the wanted ones alone are read. (Delta hands none of
+a writer's own options to Parquet.)"""

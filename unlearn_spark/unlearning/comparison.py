@@ -34,9 +34,6 @@ from numpy.typing import NDArray
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.scoring import predict_pairs
-from unlearn_spark.als.spark import gram_of, list_column, materialise, matrix_of
-from unlearn_spark.als.training import FitResult, fit_factors
 from unlearn_spark.core.blocks import SIDES, other_side
 from unlearn_spark.core.kernel import solve_rows
 from unlearn_spark.core.objective import Objective
@@ -44,8 +41,11 @@ from unlearn_spark.errors import InputError
 from unlearn_spark.evaluation import membership
 from unlearn_spark.evaluation.metrics import held_out_metrics
 from unlearn_spark.ingestion import formats
+from unlearn_spark.spark.arrow import list_column, matrix_of, vectors_of
+from unlearn_spark.spark.frames import gram_of, materialise
+from unlearn_spark.spark.scoring import predict_pairs
+from unlearn_spark.spark.training.training import FitResult, fit_factors
 from unlearn_spark.tables import models, ratings, requests
-from unlearn_spark.unlearning.certificate import vectors_of
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame

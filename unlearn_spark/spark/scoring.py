@@ -26,8 +26,9 @@ from pyspark.sql.types import (
     StructType,
 )
 
-from unlearn_spark.als.spark import arrays_of, balanced_keys, binary_table, matrix_of
 from unlearn_spark.errors import InputError
+from unlearn_spark.spark.arrow import arrays_of, binary_table, matrix_of
+from unlearn_spark.spark.placement import balanced_keys
 from unlearn_spark.tables.sql import block_of, quoted
 
 if TYPE_CHECKING:

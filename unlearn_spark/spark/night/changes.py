@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.spark import materialise
 from unlearn_spark.concurrency import together
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import InputError
+from unlearn_spark.spark.frames import materialise
 from unlearn_spark.tables import ratings, requests, tombstones
 from unlearn_spark.tables.sql import block_of
 

@@ -16,25 +16,22 @@ from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from unlearn_spark import publishing
-from unlearn_spark.als.spark import (
-    SMALL_QUERIES,
-    gram_of,
-    list_column,
-    materialise,
-    session_parallelism,
-)
-from unlearn_spark.als.training import aggregates_of, fit_factors, solver_of
 from unlearn_spark.concurrency import together
 from unlearn_spark.core.blocks import SIDES, other_side
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.rounds import Work
+from unlearn_spark.core.solver import solver_of
 from unlearn_spark.errors import ConflictError, InputError
+from unlearn_spark.spark.arrow import list_column
+from unlearn_spark.spark.frames import aggregates_of, gram_of, materialise, session_parallelism
+from unlearn_spark.spark.night.changes import MOST_NAMED, Changes, collect_changes, find_news
+from unlearn_spark.spark.night.rounds import Frontier
+from unlearn_spark.spark.settings import SMALL_QUERIES
+from unlearn_spark.spark.training.training import fit_factors
 from unlearn_spark.tables import factors, models, ratings, receipts
 from unlearn_spark.tables.models import Sizes
 from unlearn_spark.tables.session_conf import session_conf
 from unlearn_spark.tables.sql import block_of, in_blocks
-from unlearn_spark.unlearning.changes import MOST_NAMED, Changes, collect_changes, find_news
-from unlearn_spark.unlearning.frontier import Frontier
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

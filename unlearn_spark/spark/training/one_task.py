@@ -18,16 +18,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.spark import arrays_of, binary_table
-from unlearn_spark.als.sweep import FACTOR_SCHEMA, map_rows
 from unlearn_spark.core.acceleration import Accelerator
 from unlearn_spark.core.blocks import RatingBlock, raw, scatter
 from unlearn_spark.core.solver import OtherSide, Solver, joined_stack, mixed, solve_anchor
+from unlearn_spark.spark.arrow import arrays_of, binary_table
+from unlearn_spark.spark.training.half_sweep import FACTOR_SCHEMA, map_rows
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-    from unlearn_spark.als.encoding import SideLayout
+    from unlearn_spark.spark.training.layout import SideLayout
 
 BURST_SECONDS = 2.0
 """Between two reports of progress."""

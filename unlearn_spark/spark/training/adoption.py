@@ -15,28 +15,18 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.spark import (
-    FACTOR_SCHEMA,
-    part_key,
-    part_of,
-    pieces_table,
-)
-from unlearn_spark.als.sweep import FACTOR_KINDS, objective_of, sweep_anchor
-from unlearn_spark.als.training import (
-    Encoded,
-    FitResult,
-    Sweeper,
-    aggregates_of,
-    encode_ratings,
-    finish_rows,
-    largest_residual,
-    solver_of,
-    starting_rows,
-    with_bounds,
-)
 from unlearn_spark.core.blocks import SIDES, other_side
+from unlearn_spark.core.solver import solver_of
 from unlearn_spark.core.training import SweepReport, TrainingSummary
 from unlearn_spark.errors import InputError
+from unlearn_spark.spark.arrow import pieces_table
+from unlearn_spark.spark.frames import aggregates_of
+from unlearn_spark.spark.placement import part_key
+from unlearn_spark.spark.training.encoded import Encoded, encode_ratings
+from unlearn_spark.spark.training.half_sweep import FACTOR_KINDS, objective_of, sweep_anchor
+from unlearn_spark.spark.training.messages import FACTOR_SCHEMA, part_of
+from unlearn_spark.spark.training.sweeper import Sweeper, finish_rows, starting_rows
+from unlearn_spark.spark.training.training import FitResult, largest_residual, with_bounds
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -3,7 +3,7 @@
 A job of seconds starts a dozen workers, and each would import NumPy, Arrow and the compiled kernels
 anew (0.6 s), and pandas, which pyspark itself imports in every worker that calls an Arrow function
 (0.4 s, 30 MB); a fork of a process that has them starts at once and shares their memory. Spark runs
-this module where `spark.python.daemon.module` names it (`unlearn_spark.session` does).
+this module where `spark.python.daemon.module` names it (`unlearn_spark.spark.session` does).
 
 It also imports pyspark from its directory. Spark puts its zips and a jar before that, and a worker
 invalidates the import caches at the start of every task. For that `zipimport` reads the directory
@@ -39,7 +39,6 @@ def warm_up() -> None:
     import pandas  # noqa: F401
 
     from unlearn_spark.core import kernel
-    from unlearn_spark.unlearning import frontier  # noqa: F401
 
     indptr, others = np.array([0, 1], np.int64), np.zeros(1, np.int32)
     ones = np.ones((1, 1), np.float32)

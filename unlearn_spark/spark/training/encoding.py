@@ -12,7 +12,6 @@ fragments' own short dictionaries, which meet by block and are numbered there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,17 +20,10 @@ import pyarrow.compute
 from pyspark import TaskContext
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.spark import (
-    PART_SCHEMA,
-    arrays_of,
-    balanced_keys,
-    binary_table,
-    list_of,
-    one_binary,
-    part_of,
-    pieces_table,
-)
 from unlearn_spark.core.blocks import PIECE_RATINGS, SIDES, other_side, raw, split_into_chunks
+from unlearn_spark.spark.arrow import arrays_of, binary_table, list_of, one_binary, pieces_table
+from unlearn_spark.spark.training.layout import SideLayout
+from unlearn_spark.spark.training.messages import PART_SCHEMA, part_of
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -40,74 +32,6 @@ Batches = Iterable[pa.RecordBatch]
 
 PACK_RATINGS = 1_000_000
 """Ratings of one fragment: ids are hashed once for so many."""
-
-ROWS_PER_BLOCK = 16_384
-"""Rows of one storage block where the number of blocks is chosen from the data: 4 MB at rank 64."""
-
-RATINGS_PER_BLOCK = 50_000
-"""Ratings for which a further block is made: to solve fewer takes less time than a file does."""
-
-MAX_BLOCKS = 4096
-
-TASK_RATINGS = 1_000_000
-"""Fewer are not spread over several tasks."""
-
-
-@dataclass(frozen=True)
-class SideLayout:
-    """How the rows of one side are cut.
-
-    Attributes
-    ----------
-    side
-        "user" or "item".
-    n_rows
-        Rows with at least one rating.
-    n_blocks
-        Storage blocks; `block = pmod(xxhash64(id), n_blocks)`.
-    n_parts
-        Tasks; divides `n_blocks`.
-    n_slots
-        Slots run from 0 to this, exclusive; some stay empty.
-    first_place, n_places
-        The parts lie in the partitions from `first_place` on, of so many in all: one exchange
-        may place the parts of both sides.
-    """
-
-    side: str
-    n_rows: int
-    n_blocks: int
-    n_parts: int
-    n_slots: int
-    first_place: int
-    n_places: int
-
-    @property
-    def keys(self) -> tuple[int, ...]:
-        """The grouping key of each part; Spark hashes these to one partition each."""
-        places = balanced_keys(self.n_places)
-        return places[self.first_place : self.first_place + self.n_parts]
-
-
-def choose_blocks(n_rows: int, n_ratings: int, parallelism: int, wanted: int | None) -> int:
-    """Storage blocks: as told, else a power of two: about `ROWS_PER_BLOCK` rows each, at least
-    eight, and at least one for each task slot, because a block is the least that a task takes;
-    fewer only where each would have less than `RATINGS_PER_BLOCK` ratings."""
-    if wanted is not None:
-        return wanted
-    worthwhile = max(1, n_ratings / RATINGS_PER_BLOCK)
-    least = max(min(max(8, parallelism), worthwhile), n_rows / ROWS_PER_BLOCK)
-    return int(min(MAX_BLOCKS, 1 << int(np.ceil(np.log2(least)))))
-
-
-def choose_parts(n_ratings: int, n_blocks: int, part_ratings: int, parallelism: int) -> int:
-    """Tasks of a half-sweep: enough for every core and for memory, a divisor of `n_blocks`."""
-    needed = -(-n_ratings // part_ratings)
-    # A sweep of a million ratings takes a fraction of a second: less is not worth a task.
-    useful = max(1, min(parallelism, n_ratings // TASK_RATINGS))
-    target = max(needed, useful)
-    divisors = [d for d in range(1, n_blocks + 1) if n_blocks % d == 0]
-    return next((d for d in divisors if d >= target), n_blocks)
 
 
 def fragment(ratings: DataFrame) -> DataFrame:

@@ -31,10 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
-from unlearn_spark.als.encoding import TASK_RATINGS
-from unlearn_spark.als.spark import balanced_keys, materialise, part_key
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.core.bounds import drift
+from unlearn_spark.core.layout import TASK_RATINGS
 from unlearn_spark.core.ledger_page import NOTHING, PAGE_ROWS, Paging, Summary
 from unlearn_spark.core.rounds import (
     LAZY_ROUNDS,
@@ -44,8 +43,29 @@ from unlearn_spark.core.rounds import (
     TOGETHER_RATINGS,
     Work,
 )
+from unlearn_spark.spark.frames import materialise
+from unlearn_spark.spark.night import factor_tasks as exchange
+from unlearn_spark.spark.night.page_tasks import (
+    ENTRIES,
+    PAGES,
+    Levels,
+    change_need_finder,
+    entry_unpacker,
+    page_opener,
+    result_taker,
+)
+from unlearn_spark.spark.night.patch_tasks import (
+    LOADED,
+    RESULTS,
+    TOTALS,
+    WANTED,
+    chunk_finder,
+    entry_finder,
+    settler,
+    wanted_keeper,
+)
+from unlearn_spark.spark.placement import balanced_keys, part_key
 from unlearn_spark.tables.sql import in_blocks_of_sides, one_of
-from unlearn_spark.unlearning import exchange
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -87,7 +107,7 @@ class Frontier:
     training_sweeps
         Sweeps that the model's training took; 0 where that is not known.
     pages
-        The ledger of both sides (`exchange.PAGES`); after every step true bounds.
+        The ledger of both sides (`PAGES`); after every step true bounds.
     near
         By side the blocks whose entries `pages` has; None: all.
     ledger, touched, changes
@@ -96,7 +116,7 @@ class Frontier:
     stock
         The factors of `rows` (`exchange.STOCK`), from the first round on that needs many of them.
     results
-        Of each round (`exchange.RESULTS`), oldest first.
+        Of each round (`RESULTS`), oldest first.
     """
 
     solver: Solver
@@ -152,8 +172,8 @@ class Frontier:
         return frame.repartition(len(self.paging.keys), "page").groupBy("page")
 
     @property
-    def _levels(self) -> exchange.Levels:
-        return exchange.Levels(self.n_blocks, self.settings.tau, self.mark, self.floors)
+    def _levels(self) -> Levels:
+        return Levels(self.n_blocks, self.settings.tau, self.mark, self.floors)
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -179,9 +199,9 @@ class Frontier:
         )
 
     def entries(self) -> DataFrame:
-        """The ledger of both sides as rows (`exchange.ENTRIES`), by block and slot; all of a block
+        """The ledger of both sides as rows (`ENTRIES`), by block and slot; all of a block
         lie in one partition."""
-        return self.pages.mapInArrow(exchange.entry_unpacker(self.n_blocks), exchange.ENTRIES)
+        return self.pages.mapInArrow(entry_unpacker(self.n_blocks), ENTRIES)
 
     def ratings_of(
         self,
@@ -189,7 +209,7 @@ class Frontier:
         keys: tuple[int, ...],
         chunks: Mapping[str, Collection[int] | None],
     ) -> DataFrame:
-        """Ratings and ledger entries (`exchange.LOADED`) of the chosen rows alone, by part.
+        """Ratings and ledger entries (`LOADED`) of the chosen rows alone, by part.
 
         Parameters
         ----------
@@ -203,8 +223,8 @@ class Frontier:
         """
         chosen, of = self.pages.where(F.col("side").isin(list(patch))), dict(patch)
         levels = self._levels
-        wanted = chosen.mapInArrow(exchange.chunk_finder(of, levels), exchange.WANTED)
-        rows = chosen.mapInArrow(exchange.entry_finder(of, levels, keys), exchange.LOADED)
+        wanted = chosen.mapInArrow(chunk_finder(of, levels), WANTED)
+        rows = chosen.mapInArrow(entry_finder(of, levels, keys), LOADED)
         near = [
             self.chunks.where(F.col("side") == side).where(self._in_chunks(side, chunks.get(side)))
             for side in patch
@@ -213,7 +233,7 @@ class Frontier:
             _union(near)
             .join(F.broadcast(wanted), ["side", "block", "chunk"])
             .select("side", "wanted", "slots", "counts", "others", "values")
-            .mapInArrow(exchange.wanted_keeper(keys), exchange.LOADED)
+            .mapInArrow(wanted_keeper(keys), LOADED)
         )
         # As many partitions as parts: adaptive execution would join them by their size.
         return stored.unionByName(rows).repartition(len(keys), "key")
@@ -266,10 +286,10 @@ class Frontier:
         """
         drifts = {s: drift(m) if m is not None else 0.0 for s, m in gram_changes.items()}
         needed = self._by_page(news.select("side", self._page, "slot", "other_slot")).applyInArrow(
-            exchange.change_need_finder(self.paging), exchange.NEEDED
+            change_need_finder(self.paging), exchange.NEEDED
         )
         force = self.settings.direct_rows == "resolve"
-        opener = exchange.page_opener(self.solver, tonight, drifts, force, self._levels)
+        opener = page_opener(self.solver, tonight, drifts, force, self._levels)
         # Ids of the two sides may be of different types; the ledger has them as strings.
         named = {
             side: rows.withColumn("id", F.col("id").cast("string"))
@@ -282,7 +302,7 @@ class Frontier:
         self.pages = self._checkpoint(
             self._by_page(self._states(_in_blocks(near)))
             .cogroup(messages.repartition(len(self.paging.keys), "key").groupBy("key"))
-            .applyInArrow(opener, exchange.PAGES)
+            .applyInArrow(opener, PAGES)
         )
         for side, change in gram_changes.items():
             if change is not None:
@@ -290,11 +310,9 @@ class Frontier:
 
     def _open_the_others(self) -> None:
         """Add the entries of the blocks that were left closed. Tonight's ratings are not theirs."""
-        opener = exchange.page_opener(
-            self.solver, 0, dict.fromkeys(SIDES, 0.0), False, self._levels
-        )
+        opener = page_opener(self.solver, 0, dict.fromkeys(SIDES, 0.0), False, self._levels)
         others = self._by_page(self._states(~_in_blocks(self.near))).applyInArrow(
-            lambda state: opener(state, exchange.NO_MESSAGES), exchange.PAGES
+            lambda state: opener(state, exchange.NO_MESSAGES), PAGES
         )
         self.near = None
         self.pages = self.pages.unionByName(self._checkpoint(others))
@@ -387,19 +405,17 @@ class Frontier:
         result = self._settle(patch, ratings, chunks, eager)
         rank = self.solver.rank
         changes = {side: np.zeros((rank, rank)) for side in SIDES}
-        for row in result.select(*exchange.TOTALS).where("gram_change IS NOT NULL").collect():
+        for row in result.select(*TOTALS).where("gram_change IS NOT NULL").collect():
             self.work.add(row["solved_ratings"], row["solved_rows"], row["scanned_ratings"])
             changes[row["side"]] += np.frombuffer(row["gram_change"]).reshape(rank, rank)
         drifts = dict.fromkeys(SIDES, 0.0)
         if self.solver.objective.implicit_prefs:
             self.grams = {side: self.grams[side] + changes[side] for side in SIDES}
             drifts = {side: drift(changes[side]) for side in SIDES}
-        taker = exchange.result_taker(drifts, ratings <= PATCH_RATINGS, self._levels)
-        news = result.drop("factors", *[name for name in exchange.TOTALS if name != "side"])
+        taker = result_taker(drifts, ratings <= PATCH_RATINGS, self._levels)
+        news = result.drop("factors", *[name for name in TOTALS if name != "side"])
         self.pages = self._checkpoint(
-            self._by_page(self.pages)
-            .cogroup(self._by_page(news))
-            .applyInArrow(taker, exchange.PAGES)
+            self._by_page(self.pages).cogroup(self._by_page(news)).applyInArrow(taker, PAGES)
         )
         self.results.append(result.withColumn("round", F.lit(self.rounds)))
         if len(self.results) >= MOST_RESULTS:
@@ -449,7 +465,7 @@ class Frontier:
         chunks: Mapping[str, Collection[int] | None],
         eager: Container[str],
     ) -> DataFrame:
-        """What became of a patch (`exchange.RESULTS`)."""
+        """What became of a patch (`RESULTS`)."""
         n_parts = -(-ratings // self.execution.part_ratings)
         if len(patch) == 1:
             n_parts = max(n_parts, min(self.parallelism, ratings // TASK_RATINGS), 1)
@@ -463,8 +479,8 @@ class Frontier:
             parts.groupBy("key")
             .cogroup(messages.repartition(len(keys), "key").groupBy("key"))
             .applyInArrow(
-                exchange.settler(self.solver, self._levels, self.grams, spare, eager, self.paging),
-                exchange.RESULTS,
+                settler(self.solver, self._levels, self.grams, spare, eager, self.paging),
+                RESULTS,
             )
         )
         result = self._checkpoint(settled)

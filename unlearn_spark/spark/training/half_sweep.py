@@ -18,16 +18,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from unlearn_spark.als.local_parts import PartReader
-from unlearn_spark.als.spark import (
-    FACTOR_SCHEMA,
-    arrays_of,
-    binary_table,
-    int_array,
-    list_column,
-    part_key,
-    pieces_table,
-)
 from unlearn_spark.core.blocks import chunk_numbers, raw
 from unlearn_spark.core.kernel import row_residuals
 from unlearn_spark.core.solver import (
@@ -39,11 +29,15 @@ from unlearn_spark.core.solver import (
     mixed,
     solve_anchor,
 )
+from unlearn_spark.spark.arrow import arrays_of, binary_table, list_column, pieces_table
+from unlearn_spark.spark.placement import int_array, part_key
+from unlearn_spark.spark.training.local_parts import PartReader
+from unlearn_spark.spark.training.messages import FACTOR_SCHEMA
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row
 
-    from unlearn_spark.als.encoding import SideLayout
+    from unlearn_spark.spark.training.layout import SideLayout
 
 STATE_SCHEMA = (
     "part int, slots binary, history binary, quadratic double, penalty double, "

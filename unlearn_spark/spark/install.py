@@ -1,0 +1,53 @@
+"""Put Delta's jars and our defaults where this interpreter's Spark finds them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unlearn_spark.spark.java import ensure_java, jars_directory
+
+if TYPE_CHECKING:
+    pass
+
+
+def install_jars() -> list[str]:
+    """Copy Delta's jars into this interpreter's pyspark, so that plain `spark-submit` has them.
+
+    Resolves them once through Ivy, as delta-spark's own helper does. Returns the names copied.
+    """
+    target = jars_directory()
+    if any(target.glob("delta-spark*.jar")):
+        return []
+    from delta import configure_spark_with_delta_pip
+    from pyspark.sql import SparkSession
+
+    ensure_java()
+    builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
+    session = configure_spark_with_delta_pip(builder).getOrCreate()
+    resolved = [
+        Path(uri.removeprefix("file://"))
+        for uri in session.sparkContext.getConf().get("spark.jars", "").split(",")
+        if uri
+    ]
+    session.stop()
+    copied = []
+    for jar in resolved:
+        # Ivy names its copies organisation_artifact-version.jar. Only these two organisations are
+        # Delta's own; the rest are libraries of which Spark ships versions of its choice.
+        organisation, _, artifact = jar.name.partition("_")
+        if organisation in ("io.delta", "io.unitycatalog"):
+            shutil.copyfile(jar, target / artifact)
+            copied.append(artifact)
+    return copied
+
+
+def link_defaults() -> None:
+    """Let plain `spark-submit` of this interpreter's pyspark find conf/spark-defaults.conf."""
+    defaults = Path(__file__).resolve().parent.parent / "conf" / "spark-defaults.conf"
+    if defaults.exists():
+        link = jars_directory().parent / "conf" / "spark-defaults.conf"
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(defaults)

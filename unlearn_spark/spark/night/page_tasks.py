@@ -1,0 +1,233 @@
+"""Tasks of a night that work on pages of the ledger."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from unlearn_spark.core.blocks import other_side
+from unlearn_spark.core.bounds import rating_terms
+from unlearn_spark.core.ledger_page import Page, Paging, RatingChanges, Summary
+from unlearn_spark.core.patch import places_among
+from unlearn_spark.spark.arrow import _table_of, arrays_of
+from unlearn_spark.spark.night.factor_tasks import (
+    _BINARY_COLUMNS,
+    NEEDED,
+    _by_side,
+    _known_rows,
+    _needed_rows,
+    _tables_by_side,
+)
+
+if TYPE_CHECKING:
+    from unlearn_spark.core.objective import Objective
+    from unlearn_spark.core.solver import Solver
+
+PAGES = f"side string, page int, {_BINARY_COLUMNS}, ids binary, summary binary"
+"""A page of the ledger; `ids` names its rows (`_IDS`), `summary` is a pickled `pages.Summary`."""
+
+_IDS = pa.schema([("id", pa.string())])
+
+ENTRIES = (
+    "side string, id string, block int, slot int, chunk int, n_ratings int, gradient_norm double, "
+    "b_norm double, factor_norm double"
+)
+
+ENTRIES_AT_A_TIME = 10_000
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What rows are chosen by: blocks of each side, tau and the mark, and the floor of each side's
+    residuals."""
+
+    n_blocks: dict[str, int]
+    tau: float
+    mark: float
+    floors: dict[str, float]
+
+    def chosen(self, page: Page, side: str, choice: str) -> NDArray[np.bool_]:
+        """Which rows of a page of this side a choice means."""
+        return page.chosen(choice, self.tau, self.mark, self.floors[side])
+
+    def summary(self, page: Page, side: str) -> Summary:
+        """How a page of this side stands."""
+        return page.summary(self.n_blocks[side], self.tau, self.mark, self.floors[side])
+
+
+def _page_row(side: str, number: int, page: Page, ids: Any, levels: Levels) -> dict[str, Any]:
+    """A row of `PAGES`."""
+    summary = pickle.dumps(levels.summary(page, side))
+    return {"side": side, "page": number, **page.to_binary(), "ids": ids, "summary": summary}
+
+
+def _opened_page(state: pa.Table) -> tuple[Page, pa.Buffer]:
+    """A page and its `ids`, from the entries, touched rows and changes of one side, told apart by
+    what they lack."""
+    is_change = state["other_slot"].is_valid()
+    changes = state.filter(is_change)
+    rows = state.filter(pa.compute.invert(is_change))
+    is_stored = rows["gradient_norm"].is_valid()
+    stored, touched = rows.filter(is_stored), rows.filter(pa.compute.invert(is_stored))
+    numbers = ("n_ratings", "gradient_norm", "b_norm", "factor_norm")
+    page = Page.opened(
+        {
+            "slots": stored["slot"].to_numpy(),
+            "chunks": stored["chunk"].to_numpy(),
+            **{name: stored[name].to_numpy() for name in numbers},
+        },
+        {"slots": touched["slot"].to_numpy(), "n_ratings": touched["n_ratings"].to_numpy()},
+        RatingChanges(
+            *(
+                changes[name].to_numpy()
+                for name in ("slot", "other_slot", "value", "change", "model_version")
+            )
+        ),
+    )
+    slots = rows["slot"].to_numpy()
+    order = np.argsort(slots)
+    ids = rows["id"].combine_chunks().take(order[np.searchsorted(slots, page.slots, sorter=order)])
+    return page, pa.record_batch([ids], schema=_IDS).serialize()
+
+
+def _pushes_of(
+    page: Page,
+    tonight: int,
+    mine: tuple[NDArray[np.int32], NDArray[np.float32]],
+    others: tuple[NDArray[np.int32], NDArray[np.float32]],
+    objective: Objective,
+) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
+    """(slots, gradient, b): what tonight's changes do to the equations of a page's rows.
+
+    Parameters
+    ----------
+    mine, others
+        (slots, factors) of this side's rows and of the other side's, as they were.
+    """
+    news = page.changes.of(page.changes.order == tonight)
+    news = news.of(np.isin(news.rows, page.slots))
+    if not len(news):
+        return np.zeros(0, np.int32), np.zeros(0), np.zeros(0)
+    slots, rows = np.unique(news.rows, return_inverse=True)
+    y = mine[1][places_among(slots, mine[0])]
+    places = places_among(news.others, others[0])
+    added = news.signs > 0
+    change = [
+        rating_terms(rows[which], places[which], news.values[which], y, others[1], objective)
+        for which in (added, ~added)
+    ]
+    gradient, b = (change[0] - change[1]).norms()
+    return slots, gradient, b
+
+
+def _page_after(page: Page, results: list[dict[str, Any]], drift: float, again: bool) -> Page:
+    """A page after a round. What a patch says of its own rows is final: no push, and no drift,
+    comes on top."""
+
+    def column(name: str, kind: type[np.generic]) -> NDArray[Any]:
+        arrays = [np.frombuffer(row[name], kind) for row in results]
+        return np.concatenate([np.zeros(0, kind), *arrays])
+
+    page = page.pushed(
+        column("push_slots", np.int32),
+        column("push_gradient", np.float64),
+        column("push_b", np.float64),
+        drift,
+    )
+    norms = {name: column(name, np.float64) for name in ("gradient_norm", "b_norm", "factor_norm")}
+    return page.looked_at(column("slots", np.int32), norms, column("solved", np.bool_), again)
+
+
+def change_need_finder(paging: Paging) -> Callable[[pa.Table], pa.Table]:
+    """From changes (side, page, slot, other_slot) of a page the rows whose factors it needs
+    (`NEEDED`)."""
+
+    def need(table: pa.Table) -> pa.Table:
+        key = table["page"][0].as_py()
+        needed: list[dict[str, Any]] = []
+        for side, mine in _tables_by_side(table).items():
+            for name, of in (("slot", side), ("other_slot", other_side(side))):
+                needed += _needed_rows(of, key, np.unique(mine[name].to_numpy()), paging)
+        return _table_of(NEEDED, needed)
+
+    return need
+
+
+def page_opener(
+    solver: Solver, tonight: int, drifts: dict[str, float], force: bool, levels: Levels
+) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    """A page's entries, touched rows and changes and the factors that these need (`MESSAGES`) as
+    `PAGES`, with tonight's changes pushed."""
+
+    def make(left: pa.Table, right: pa.Table) -> pa.Table:
+        known = {
+            side: _known_rows(rows, solver.rank)
+            for side, rows in _by_side(arrays_of(right)).items()
+        }
+        made = []
+        for side, state in _tables_by_side(left).items():
+            page, ids = _opened_page(state)
+            if not len(page.slots):
+                continue
+            other = other_side(side)
+            pushes = _pushes_of(page, tonight, known[side], known[other], solver.objective)
+            page = page.pushed(*pushes, drifts[other], force)
+            made.append(_page_row(side, state["page"][0].as_py(), page, ids, levels))
+        return _table_of(PAGES, made)
+
+    return make
+
+
+def result_taker(
+    drifts: dict[str, float], again: bool, levels: Levels
+) -> Callable[[pa.Table, pa.Table], pa.Table]:
+    """The pages after a round, from those before and its `RESULTS`."""
+
+    def take(left: pa.Table, right: pa.Table) -> pa.Table:
+        results = _by_side(arrays_of(right))
+        made = []
+        for row in arrays_of(left):
+            side = row["side"]
+            page = Page.from_binary(row)
+            page = _page_after(page, results[side], drifts[other_side(side)], again)
+            made.append(_page_row(side, row["page"], page, row["ids"], levels))
+        return _table_of(PAGES, made)
+
+    return take
+
+
+def entry_unpacker(
+    n_blocks: dict[str, int],
+) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """Pages of the ledger as `ENTRIES`, by block and slot."""
+
+    def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        for batch in batches:
+            for row in arrays_of(batch):
+                page = Page.from_binary(row)
+                ids = pa.ipc.read_record_batch(row["ids"], _IDS).column(0)
+                blocks = page.slots % np.int32(n_blocks[row["side"]])
+                entries = pa.table(
+                    {
+                        "side": pa.array([row["side"]] * len(ids), pa.string()),
+                        "id": ids,
+                        "block": blocks,
+                        "slot": page.slots,
+                        "chunk": page.chunks,
+                        "n_ratings": page.n_ratings,
+                        "gradient_norm": page.gradient_norm,
+                        "b_norm": page.b_norm,
+                        "factor_norm": page.factor_norm,
+                    }
+                )
+                # Sorted here, because Spark's sort of sorted rows is one look at each.
+                entries = entries.take(np.lexsort((page.slots, blocks)))
+                yield from entries.to_batches(ENTRIES_AT_A_TIME)
+
+    return unpack

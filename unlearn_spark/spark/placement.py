@@ -1,0 +1,48 @@
+"""Where Spark puts the parts: grouping keys that fill partitions one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+
+def _murmur3_int(value: int, seed: int = 42) -> int:
+    """Spark's `hash(int)`: Murmur3 x86 32-bit over one little-endian word, seed 42."""
+    mask = 0xFFFFFFFF
+
+    def rotate(x: int, r: int) -> int:
+        return ((x << r) | (x >> (32 - r))) & mask
+
+    k = (value & mask) * 0xCC9E2D51 & mask
+    k = rotate(k, 15) * 0x1B873593 & mask
+    h = (rotate(seed ^ k, 13) * 5 + 0xE6546B64) & mask
+    h ^= 4
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & mask
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & mask
+    h ^= h >> 16
+    return h - (1 << 32) if h >> 31 else h
+
+
+@lru_cache(maxsize=64)
+def balanced_keys(n: int) -> tuple[int, ...]:
+    """`n` integers that Spark's hash partitioning spreads over `n` partitions one by one.
+
+    With the keys 0..n-1 about a third of the partitions would stay empty and others hold two or
+    three parts, which a stage then waits for. Only the balance rests on this, no result.
+    """
+    keys: dict[int, int] = {}
+    candidate = 0
+    while len(keys) < n:
+        keys.setdefault(_murmur3_int(candidate) % n, candidate)
+        candidate += 1
+    return tuple(keys[index] for index in range(n))
+
+
+def part_key(slot: str, keys: Sequence[int]) -> str:
+    """SQL for: the grouping key of the part that a slot (or a part's own number) belongs to."""
+    return f"element_at({int_array(keys)}, {slot} % {len(keys)} + 1)"
+
+
+def int_array(numbers: Iterable[int]) -> str:
+    """SQL for: an array of these numbers."""
+    return f"array({', '.join(map(str, numbers))})"

@@ -1,0 +1,244 @@
+"""Sweeps over encoded ratings until every row solves its equations."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark.sql import functions as F
+
+from unlearn_spark.config import AlsSettings, ExecutionSettings
+from unlearn_spark.core.acceleration import Accelerator
+from unlearn_spark.core.blocks import SIDES, other_side
+from unlearn_spark.core.initial import initial_factors
+from unlearn_spark.core.solver import solver_of
+from unlearn_spark.core.training import SweepReport
+from unlearn_spark.spark.arrow import matrix_of, pieces_table
+from unlearn_spark.spark.frames import aggregates_of, materialise
+from unlearn_spark.spark.settings import LARGE_ROWS
+from unlearn_spark.spark.training.encoded import Encoded
+from unlearn_spark.spark.training.half_sweep import (
+    ITERATE_SCHEMA,
+    factors_of,
+    finish_side,
+    iterate_rows,
+    next_iterate,
+    objective_of,
+    solve_side,
+    sweep_anchor,
+)
+from unlearn_spark.spark.training.one_task import CONVERGED, GOING_ON, Limits, burst, results_of
+from unlearn_spark.tables.session_conf import session_conf
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, Row
+
+MOST_MISSED = 3
+"""Sweeps that did not find their ratings where they had been sent; after these they are always
+sent."""
+
+
+def start_iterate(
+    encoded: Encoded, settings: AlsSettings, warm: DataFrame | None = None
+) -> DataFrame:
+    """The anchor's first iterate (`ITERATE_SCHEMA`): the factors of `warm` (id, factors).
+
+    Rows that it does not have start where a fresh training starts them: by (seed, side, id).
+    """
+    side, solver = encoded.anchor, solver_of(settings)
+    layout = encoded.layouts[side]
+    rows = encoded.dictionaries[side].withColumn("hash", F.xxhash64("id"))
+    if warm is not None:
+        rows = rows.join(warm.select("id", "factors"), "id", "left")
+    else:
+        rows = rows.withColumn("factors", F.lit(None).cast("array<float>"))
+    rows = rows.select(
+        F.pmod("slot", F.lit(layout.n_parts)).cast("int").alias("part"), "slot", "hash", "factors"
+    )
+
+    def start(table: pa.Table) -> pa.Table:
+        table = table.sort_by("slot")
+        slots = table["slot"].to_numpy().astype(np.int32)
+        y = starting_rows(table, settings, side)
+        return pieces_table(iterate_rows(solver, table["part"][0].as_py(), slots, y[None]))
+
+    return rows.groupBy("part").applyInArrow(start, ITERATE_SCHEMA)
+
+
+def starting_rows(table: pa.Table, settings: AlsSettings, side: str) -> NDArray[np.float32]:
+    """float32 (n, rank): the `factors` of a table where it has them, else those that a fresh
+    training starts from, by its column `hash`."""
+    y = initial_factors(
+        table["hash"].to_numpy(), settings.rank, settings.seed, side, settings.nonnegative
+    )
+    given = table["factors"].is_valid().to_numpy()
+    if given.any():
+        y[given] = matrix_of(table["factors"].drop_null(), settings.rank)
+    return y
+
+
+@dataclass
+class Sweeper:
+    """Runs sweeps over encoded ratings; the driver sees a few numbers per part and sweep."""
+
+    encoded: Encoded
+    settings: AlsSettings
+    execution: ExecutionSettings
+    on_sweep: Callable[[SweepReport], None] | None = None
+    reports: list[SweepReport] = field(default_factory=list)
+    held: list[DataFrame] = field(default_factory=list)
+
+    def run(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
+        """Sweep to tolerance or to the cap.
+
+        Returns
+        -------
+        anchor, other : DataFrame
+            Factor parts (`FACTOR_SCHEMA`) of the two sides, cached until `release`.
+        converged : bool
+        """
+        run = self._run_in_bursts if self.encoded.fits_one_task else self._run_in_jobs
+        with session_conf(iterate.sparkSession, LARGE_ROWS):
+            return run(iterate)
+
+    def _run_in_jobs(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
+        solver = solver_of(self.settings)
+        accelerator = Accelerator(self.settings.memory)
+        missed = 0
+        for number in range(1, self.settings.max_sweeps + 1):
+            started = time.perf_counter()
+            before, self.held = self.held, [iterate.persist()]
+            other, state, scalars = self._sweep(iterate, missed >= MOST_MISSED)
+            if any(row["missing"] for row in scalars):
+                other, state, scalars = self._sweep(iterate, True)
+                missed += 1
+            objective = objective_of(scalars)
+            worst = max(row["worst"] for row in scalars)
+            shares = [np.frombuffer(row["products"]) for row in scalars if row["products"]]
+            products = np.sum(shares, axis=0)
+            size = math.isqrt(len(products))
+            self._report(number, objective, worst, time.perf_counter() - started)
+            if worst <= self.settings.tol:
+                return factors_of(iterate), other, True
+            step = accelerator.step(objective, worst, products.reshape(size, size))
+            if number == self.settings.max_sweeps:
+                # The cap: the newest plain half-sweep is the better of the two anchors.
+                plain = [1.0] + [0.0] * (size - 1)
+                return factors_of(next_iterate(solver, state, plain, 0)), other, False
+            for frame in before:  # what the next iterate stands on is computed
+                frame.unpersist()
+            iterate = next_iterate(solver, state, step.weights, step.keep, step.drop_newest)
+        raise AssertionError("max_sweeps is at least 1")
+
+    def _sweep(self, iterate: DataFrame, sent: bool) -> tuple[DataFrame, DataFrame, list[Row]]:
+        """The other side, the anchor's state, and the scalars of that; the ratings are sent along
+        or looked for where they were sent before."""
+        encoded, solver, side = self.encoded, solver_of(self.settings), self.encoded.anchor
+        layouts, against = encoded.layouts, other_side(side)
+        parts, reader = encoded.ratings_of(against, sent)
+        other = solve_side(
+            solver, parts, layouts[against], iterate, layouts[side].n_slots, reader
+        ).persist()
+        parts, reader = encoded.ratings_of(side, sent)
+        swept = sweep_anchor(
+            solver,
+            parts,
+            layouts[side],
+            other,
+            layouts[against].n_slots,
+            iterate,
+            encoded.floors[side],
+            reader,
+        )
+        state = materialise(swept, self.execution.checkpoint)
+        self.held += [other, state]
+        return other, state, state.drop("slots", "history").collect()
+
+    def _run_in_bursts(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
+        """The same for ratings that fit one task, without a Spark job for every sweep."""
+        encoded, solver = self.encoded, solver_of(self.settings)
+        sides = (encoded.anchor, other_side(encoded.anchor))
+        parts = (encoded.parts[sides[0]], encoded.parts[sides[1]])
+        layouts = (encoded.layouts[sides[0]], encoded.layouts[sides[1]])
+        accelerator = Accelerator(self.settings.memory)
+        floor = encoded.floors[encoded.anchor]
+        state = iterate
+        while True:
+            left = self.settings.max_sweeps - len(self.reports)
+            limits = Limits(left, self.settings.tol, floor)
+            state = materialise(
+                burst(solver, parts, layouts, state, accelerator, limits),
+                self.execution.checkpoint,
+            )
+            row = state.select("reports", "state").first()
+            assert row is not None
+            for objective, worst, seconds in np.frombuffer(row["reports"]).reshape(-1, 3):
+                self._report(len(self.reports) + 1, float(objective), float(worst), float(seconds))
+            if row["state"] != GOING_ON:
+                anchor, other = (frame.persist() for frame in results_of(solver, state))
+                self.held = [anchor, other]
+                return anchor, other, row["state"] == CONVERGED
+
+    def finish(self, anchor: DataFrame, other: DataFrame) -> dict[str, DataFrame]:
+        """What `run` returned, as rows (`finish_rows`)."""
+        encoded = self.encoded
+        factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
+        return finish_rows(encoded, self.settings, factors)
+
+    def release(self) -> None:
+        """Drop the caches that the results stand on."""
+        for frame in self.held:
+            frame.unpersist()
+
+    def _report(self, number: int, objective: float, worst: float, seconds: float) -> None:
+        eta = None
+        earlier = [report for report in self.reports[-5:] if report.max_residual > worst > 0]
+        if earlier:
+            first = earlier[0]
+            decay = math.log(first.max_residual / worst) / (number - first.sweep)
+            missing = max(0.0, math.log(worst / self.settings.tol) / decay)
+            eta = missing * seconds
+        report = SweepReport(number, objective, worst, seconds, eta)
+        self.reports.append(report)
+        if self.on_sweep is not None:
+            self.on_sweep(report)
+
+
+def finish_rows(
+    encoded: Encoded, settings: AlsSettings, factors: dict[str, DataFrame], sent: bool = False
+) -> dict[str, DataFrame]:
+    """Factor parts of both sides as rows with ids, residuals recomputed in float64; cached.
+
+    Parameters
+    ----------
+    sent
+        Send the ratings; else they are looked for where they are kept, and sent if any are missing.
+    """
+    solver = solver_of(settings)
+    rows = {}
+    for side in SIDES:
+        parts, reader = encoded.ratings_of(side, sent)
+        scanned = finish_side(
+            solver,
+            parts,
+            encoded.layouts[side],
+            factors[side],
+            factors[other_side(side)],
+            encoded.layouts[other_side(side)].n_slots,
+            reader,
+        )
+        names = encoded.dictionaries[side].select("slot", "id", "block")
+        rows[side] = scanned.join(names, "slot").persist()
+    if not (sent or encoded.fits_one_task):  # all found?
+        found = aggregates_of(rows, F.count(F.lit(1)))
+        if any(found[side][0] != encoded.layouts[side].n_rows for side in SIDES):
+            for frame in rows.values():
+                frame.unpersist()
+            return finish_rows(encoded, settings, factors, sent=True)
+    return rows
