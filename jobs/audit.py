@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unlearn_spark.audit.deletion import find_deletion, held_out_ratings
+from unlearn_spark.audit.report import tables_of
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from unlearn_spark.cli import JobContext, job, progress, run
@@ -112,18 +115,18 @@ def prepare(
     """Check that there is something to compare; returns what does it with a number of seeds."""
     from rich.console import Console
 
-    from unlearn_spark.evaluation import membership, plots
+    from unlearn_spark.audit import comparison, membership
+    from unlearn_spark.evaluation import plots
     from unlearn_spark.preconditions import require_picture
-    from unlearn_spark.unlearning import comparison
 
     membership.require_sklearn()
     if plot is not None:
         require_picture(plot)
     store, execution = context.store, context.settings.execution
-    deletion = comparison.find_deletion(store, model, execution.checkpoint)
+    deletion = find_deletion(store, model, execution.checkpoint)
     judged = None
     if held_out is not None:
-        judged = comparison.held_out_ratings(store, model, held_out, form)
+        judged = held_out_ratings(store, model, held_out, form)
     else:
         progress("no --held-out ratings: quality on held-out ratings is left out")
 
@@ -133,7 +136,7 @@ def prepare(
         )
         console = Console(file=sys.stderr)
         console.width = max(console.width, 100)  # cut figures would be worse than wrapped lines
-        console.print(*comparison.tables_of(found.figures), sep="\n\n")
+        console.print(*tables_of(found.figures), sep="\n\n")
         if plot is not None:
             plots.comparison(found.figures, found.deleted_scores, plot)
         return found.figures

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from unlearn_spark.audit.membership import attack_features, fitted_attack, score_attack
 from unlearn_spark.errors import InputError
-from unlearn_spark.evaluation.membership import attack_features, fitted_attack, score_attack
 
 N = 2000
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from unlearn_spark.audit.deletion import held_out_ratings
 from unlearn_spark.ingestion import formats
 from unlearn_spark.tables import models
-from unlearn_spark.unlearning import comparison
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_from_ratings_to_recommendations_and_metrics(
         pyarrow.parquet.write_table(
             pa.table({"user_id": ["u1"] * n, "item_id": column, "rating": [3.0] * n}), path
         )
-        judged = comparison.held_out_ratings(store, models.published(store), str(path), "parquet")
+        judged = held_out_ratings(store, models.published(store), str(path), "parquet")
         assert [row.item_id for row in judged.collect()] == known
 
     texts = ("--input", tmp_path / "texts.parquet", "--format", "parquet")

@@ -9,13 +9,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from unlearn_spark.audit import comparison, membership
+from unlearn_spark.audit.contestants import direct_step, objective_of, penalty_weights
+from unlearn_spark.audit.deletion import Deletion, version_before
+from unlearn_spark.audit.report import tables_of
+from unlearn_spark.audit.sample import (
+    DELETED,
+    NEIGHBOURING,
+    RANDOM,
+    UNSEEN,
+    Scores,
+    draw_sample,
+    score_sample,
+)
 from unlearn_spark.config import AlsSettings
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import InputError
-from unlearn_spark.evaluation import membership
 from unlearn_spark.tables import models
-from unlearn_spark.unlearning import comparison
-from unlearn_spark.unlearning.comparison import DELETED, NEIGHBOURING, RANDOM, UNSEEN
 
 RANK = 3
 
@@ -30,9 +40,7 @@ def measured(scores, scorable=None, objective=1.0):
     features[:, 0] = scores
     scorable = np.ones(9, bool) if scorable is None else np.array(scorable, bool)
     matched = np.array([True, True, False] + [False] * 3 + [True] * 3)
-    return comparison.Measured(
-        {"objective": objective}, comparison.Scores(kind, matched, scorable, features)
-    )
+    return comparison.Measured({"objective": objective}, Scores(kind, matched, scorable, features))
 
 
 def test_models_are_measured_by_their_distance_from_the_retrained_mean():
@@ -110,7 +118,7 @@ def test_one_retrained_model_has_no_yardstick():
     assert retrained["mean"]["distance"][DELETED] == {"rms": None, "max": None, "pairs": 0}
     assert retrained["spread"]["objective"] is None
     assert figures["models"]["unlearned"]["distance"][RANDOM]["rms"] == 2
-    assert [table.row_count for table in comparison.tables_of(figures)] == [3, 3]
+    assert [table.row_count for table in tables_of(figures)] == [3, 3]
 
 
 def test_the_version_before_is_the_nearest_that_was_trained(monkeypatch):
@@ -120,10 +128,10 @@ def test_the_version_before_is_the_nearest_that_was_trained(monkeypatch):
         for n, kind in enumerate(kinds, 1)
     ]
     monkeypatch.setattr(comparison.models, "versions", lambda store: published)
-    found = [comparison.version_before(None, model).model_version for model in published[1:]]
+    found = [version_before(None, model).model_version for model in published[1:]]
     assert found == [1, 1, 3, 3, 3]
     with pytest.raises(InputError, match="version 1 follows no trained version"):
-        comparison.version_before(None, published[0])
+        version_before(None, published[0])
 
 
 # --- the parts on Spark --------------------------------------------------------------------------
@@ -170,7 +178,7 @@ def test_objective_direct_step_and_sample_agree_with_numpy(spark, implicit):
         "user": factor_rows(x, lambda n: n, "bigint"),
         "item": factor_rows(y, lambda n: f"i{n}", "string"),
     }
-    deletion = comparison.Deletion(
+    deletion = Deletion(
         before=None,
         after=SimpleNamespace(als=als),
         known=rating_rows(known),
@@ -179,19 +187,19 @@ def test_objective_direct_step_and_sample_agree_with_numpy(spark, implicit):
         n_retained=int(retained.sum()),
         n_deleted=int(gone.sum()),
     )
-    weights = comparison.penalty_weights(deletion.retained, implicit)
+    weights = penalty_weights(deletion.retained, implicit)
     # Users and items without a retained rating do not count; the missing rows of others are zeros.
     u, i = retained.any(1), retained.any(0)
     r32 = r.astype(np.float32).astype(float)
     part = (retained[u][:, i], r32[u][:, i], als)
-    found = comparison.objective_of(deletion.retained, weights, before, als)
+    found = objective_of(deletion.retained, weights, before, als)
     assert found == pytest.approx(textbook_objective(x[u], y[i], *part), rel=1e-5)
     fewer = {"user": before["user"].where("id != 5"), "item": before["item"]}
     without = np.where((np.arange(users) == 5)[:, None], 0, x)
-    found = comparison.objective_of(deletion.retained, weights, fewer, als)
+    found = objective_of(deletion.retained, weights, fewer, als)
     assert found == pytest.approx(textbook_objective(without[u], y[i], *part), rel=1e-5)
 
-    stepped = comparison.direct_step(deletion, before, weights, "local")
+    stepped = direct_step(deletion, before, weights, "local")
     new = {side: {row.id: row.factors for row in stepped[side].collect()} for side in SIDES}
     assert set(new["user"]) == set(np.flatnonzero(u))
     new_x, new_y = x.copy(), y.copy()
@@ -204,7 +212,7 @@ def test_objective_direct_step_and_sample_agree_with_numpy(spark, implicit):
         np.testing.assert_allclose(new["item"][f"i{n}"], new_y[n], rtol=1e-4, atol=1e-5)
     assert not np.allclose(new_x[1], x[1])
 
-    sample = comparison.draw_sample(deletion, "local")
+    sample = draw_sample(deletion, "local")
     pairs = {}
     for row in sample.pairs.collect():
         pair = (row.user_id, int(row.item_id[1:]))
@@ -220,7 +228,7 @@ def test_objective_direct_step_and_sample_agree_with_numpy(spark, implicit):
         (a, b) for a in np.flatnonzero(u) for b in np.flatnonzero(i)
     }
 
-    scores = comparison.score_sample(sample, fewer, RANK)
+    scores = score_sample(sample, fewer, RANK)
     order = sorted(
         (kind, str(row[0]), f"i{row[1]}", row[0], row[1])
         for kind, rows in pairs.items()

@@ -1,0 +1,124 @@
+"""What was deleted between two versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F
+
+from unlearn_spark.errors import InputError
+from unlearn_spark.ingestion import formats
+from unlearn_spark.spark.frames import materialise
+from unlearn_spark.tables import models, ratings, requests
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from unlearn_spark.tables.models import ModelVersion
+    from unlearn_spark.tables.store import Store
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """Two versions, and the ratings that lie between them.
+
+    Attributes
+    ----------
+    before, after
+        The newest earlier version that was trained or imported, and the one to judge.
+    known, retained
+        user_id, item_id, rating: what `before` was fitted to, and what `after` must fit.
+    deleted
+        user_id, item_id: known to `before`, not retained.
+    n_retained, n_deleted
+        Their numbers of rows.
+    """
+
+    before: ModelVersion
+    after: ModelVersion
+    known: DataFrame
+    retained: DataFrame
+    deleted: DataFrame
+    n_retained: int
+    n_deleted: int
+
+
+def find_deletion(store: Store, model: ModelVersion, checkpoint: str) -> Deletion:
+    """What a version forgot since the version that was trained or imported last before it.
+
+    Parameters
+    ----------
+    checkpoint
+        `execution.checkpoint`: how the frames are kept.
+
+    Raises
+    ------
+    InputError
+        There is no such earlier version, nothing was removed since, the two were fitted with
+        other settings, or one of them names no ratings.
+    """
+    before = version_before(store, model)
+    for name in ("rank", "reg_param", "implicit_prefs", "alpha", "nonnegative"):
+        old, new = getattr(before.als, name), getattr(model.als, name)
+        if old != new:
+            raise InputError(
+                f"version {before.model_version} was fitted with als.{name} = {old}, version "
+                f"{model.model_version} with {new}; only versions of equal settings compare"
+            )
+    pair = ["user_id", "item_id"]
+    values = (*pair, "rating")
+    retained = materialise(ratings.fitted(store, model).select(*values), checkpoint)
+    known = ratings.fitted(store, before).select(*values)
+    deleted = known.select(pair).join(retained.select(pair), pair, "left_anti")
+    deleted = materialise(deleted, checkpoint)
+    n_retained, n_deleted = retained.count(), deleted.count()
+    if n_deleted == 0:
+        raise InputError(
+            f"version {model.model_version} removed nothing since version "
+            f"{before.model_version}; nothing to compare"
+        )
+    return Deletion(before, model, known, retained, deleted, n_retained, n_deleted)
+
+
+def version_before(store: Store, model: ModelVersion) -> ModelVersion:
+    """The nearest ancestor that was trained or imported.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    published = {version.model_version: version for version in models.versions(store)}
+    parent = model.parent
+    while parent is not None:
+        if published[parent].kind in ("train", "import"):
+            return published[parent]
+        parent = published[parent].parent
+    raise InputError(
+        f"version {model.model_version} follows no trained version; nothing to compare it with"
+    )
+
+
+def held_out_ratings(store: Store, model: ModelVersion, path: str, form: str) -> DataFrame:
+    """Usable held-out ratings of a file, ids in the model's types: user_id, item_id, rating.
+
+    An id that cannot be the model's is null.
+
+    Raises
+    ------
+    InputError
+        The file is missing, empty or not of that format.
+    """
+    try:
+        read = formats.read_ratings(store.spark, path, form)
+    except InputError as error:
+        raise InputError(str(error).replace("--input", "--held-out", 1)) from error
+    kinds = [rows.schema["id"].dataType for rows in models.read_factors(store, model)]
+    ids = [
+        requests.typed_id(F.col(name).cast("string"), kind)
+        for name, kind in zip(("user_id", "item_id"), kinds, strict=True)
+    ]
+    return read.frame.where("problem IS NULL").select(
+        ids[0].alias("user_id"), ids[1].alias("item_id"), F.col("rating").cast("float")
+    )
