@@ -27,7 +27,7 @@ from pyspark.sql.types import IntegerType, LongType, StructField, StructType
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from unlearn_spark.concurrency import together
+from unlearn_spark.concurrency import run_concurrently
 from unlearn_spark.spark.settings import SMALL_QUERIES
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
 from unlearn_spark.tables.session_conf import session_conf
@@ -85,7 +85,7 @@ def read(store: Store) -> None:
 
     look(models.TABLE)
     others = set(SPECS) - {models.TABLE, receipts.TABLE}
-    together({table: partial(look, table) for table in others})
+    run_concurrently({table: partial(look, table) for table in others})
 
 
 def write(store: Store, turn: int) -> None:
@@ -103,7 +103,7 @@ def write(store: Store, turn: int) -> None:
         writes[table] = partial(store.replace_where, table, one_row(store, table), predicate)
     for table in APPENDED:
         writes[table] = partial(store.append, table, one_row(store, table))
-    together(writes)
+    run_concurrently(writes)
     store.append(models.TABLE, one_row(store, models.TABLE))
 
 

@@ -82,7 +82,7 @@ def main(context: JobContext, path: str, form: str, converge: bool) -> dict[str,
     progress(_verdict(adopted, als, tau, rows_over_tau, converge))
     version = publishing.publish_fit(
         store,
-        adopted,
+        adopted.to_publish(),
         als,
         kind="import",
         parent=parent,

@@ -54,7 +54,7 @@ def main(context: JobContext, plot: str | None) -> dict[str, Any]:
         )
     version = publishing.publish_fit(
         store,
-        fitted,
+        fitted.to_publish(),
         settings.als,
         kind="train",
         parent=parent,

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def together(tasks: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+def run_concurrently(tasks: Mapping[str, Callable[[], T]]) -> dict[str, T]:
     """Run independent Spark actions at the same time; returns what each gave.
 
     A small one mostly waits for the driver, so four of them take little more than one.

@@ -7,12 +7,12 @@ published version untouched, and its own writes replace whatever was left behind
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from unlearn_spark.concurrency import together
+from unlearn_spark.concurrency import run_concurrently
+from unlearn_spark.core.training import TrainingSummary
 from unlearn_spark.errors import InputError
-from unlearn_spark.spark.training.encoding import stored_chunks
 from unlearn_spark.tables import factors, models
 from unlearn_spark.tables.models import ModelVersion
 
@@ -20,28 +20,41 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
     from unlearn_spark.config import AlsSettings
-    from unlearn_spark.spark.training.encoded import Encoded
-    from unlearn_spark.spark.training.training import FitResult
     from unlearn_spark.tables.store import Store
 
 
+@dataclass(frozen=True)
+class WholeModel:
+    """A model that replaces all that is stored of the one before.
+
+    Attributes
+    ----------
+    rows
+        By side: id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm, factors.
+    chunks
+        The packed ratings of both sides.
+    layouts
+        By side `n_blocks` and `n_slots`.
+    floors
+        By side what residuals are relative to at least.
+    summary
+        How it was fitted.
+    """
+
+    rows: Mapping[str, DataFrame]
+    chunks: DataFrame
+    layouts: Mapping[str, Mapping[str, int]]
+    floors: Mapping[str, float]
+    summary: TrainingSummary
+
+
 def write_whole_model(
-    store: Store,
-    rows: Mapping[str, DataFrame],
-    chunks: DataFrame,
-    floors: Mapping[str, float],
-    more: Mapping[str, Callable[[], int]] | None = None,
+    store: Store, model: WholeModel, more: Mapping[str, Callable[[], int]] | None = None
 ) -> dict[str, int]:
     """Replace factors, ledger and packed ratings by those of a whole new model.
 
     Parameters
     ----------
-    rows
-        By side: id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm, factors.
-    chunks
-        Packed ratings of both sides.
-    floors
-        By side what residuals are relative to at least.
     more
         Further writes to do at the same time.
 
@@ -50,15 +63,17 @@ def write_whole_model(
     dict
         The Delta version of each table, under the names of `ModelVersion`'s fields.
     """
-    ledger = factors.ledger_rows(rows["user"], "user", floors).unionByName(
-        factors.ledger_rows(rows["item"], "item", floors)
+    rows = model.rows
+    ledger = factors.ledger_rows(rows["user"], "user", model.floors).unionByName(
+        factors.ledger_rows(rows["item"], "item", model.floors)
     )
-    return together(
+    # By themselves: their small row groups are a setting of the whole session.
+    written = {"rating_blocks_version": factors.write_rating_blocks(store, model.chunks)}
+    return written | run_concurrently(
         {
             "user_factors_version": lambda: factors.write_factors(store, "user", rows["user"]),
             "item_factors_version": lambda: factors.write_factors(store, "item", rows["item"]),
             "ledger_version": lambda: factors.write_ledger(store, ledger),
-            "rating_blocks_version": lambda: factors.write_rating_blocks(store, chunks),
             "rating_changes_version": lambda: factors.clear_rating_changes(store),
             **(more or {}),
         }
@@ -73,17 +88,9 @@ def warm_start(store: Store, wanted: int | str | None) -> tuple[DataFrame, DataF
     return models.read_factors(store, version)
 
 
-def chunks_of(encoded: Encoded) -> DataFrame:
-    """The packed ratings of both sides, as they are stored."""
-    user, item = (
-        stored_chunks(encoded.parts[side], encoded.layouts[side]) for side in ("user", "item")
-    )
-    return user.unionByName(item)
-
-
 def publish_fit(
     store: Store,
-    fitted: FitResult,
+    fitted: WholeModel,
     als: AlsSettings,
     *,
     kind: str,
@@ -110,11 +117,11 @@ def publish_fit(
     ConflictError
         Another job published meanwhile.
     """
-    summary, layouts, floors = fitted.summary, fitted.encoded.layouts, fitted.encoded.floors
+    summary = fitted.summary
     tau = als.tol if tau is None else tau
     # A model that nobody swept here has reached nothing that later nights could be measured by.
     reached = {"reached": summary.max_residual} if summary.sweeps else {}
-    written = write_whole_model(store, fitted.rows, chunks_of(fitted.encoded), floors, writes)
+    written = write_whole_model(store, fitted, writes)
     metrics = {
         "users": summary.users,
         "items": summary.items,
@@ -136,10 +143,7 @@ def publish_fit(
             ratings_ingest_id=ratings_ingest_id,
             settings={
                 "als": als.model_dump(),
-                "layouts": {
-                    side: {"n_blocks": layout.n_blocks, "n_slots": layout.n_slots}
-                    for side, layout in layouts.items()
-                },
+                "layouts": fitted.layouts,
             },
             metrics=metrics,
             certificate={
@@ -147,7 +151,7 @@ def publish_fit(
                 "max_residual": summary.max_residual,
                 "holds": summary.max_residual <= tau,
                 "evidence": "scan",
-                "floor": floors,
+                "floor": fitted.floors,
                 **reached,
             },
             **{

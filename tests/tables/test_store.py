@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pyspark.sql.types import IntegerType, StructField, StructType
 
-from unlearn_spark.concurrency import together
+from unlearn_spark.concurrency import run_concurrently
 from unlearn_spark.errors import ConflictError, SettingsError, TableMissingError
 from unlearn_spark.tables.store import Store, TableSpec
 
@@ -50,7 +50,8 @@ def test_writers_at_the_same_time_learn_their_own_versions(tables: Store) -> Non
     tables.create(TABLE, SPEC)
     numbers = range(4)
     rows = {n: tables.spark.range(1).selectExpr(f"{n} AS n") for n in numbers}
-    versions = together({str(n): (lambda n=n: tables.append(TABLE, rows[n])) for n in numbers})
+    writes = {str(n): (lambda n=n: tables.append(TABLE, rows[n])) for n in numbers}
+    versions = run_concurrently(writes)
     assert sorted(versions.values()) == [1, 2, 3, 4]
     for n in numbers:
         mine = versions[str(n)]

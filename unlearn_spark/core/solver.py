@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.config import AlsSettings
 from unlearn_spark.core.acceleration import curvature_weights, history_products, mix
 from unlearn_spark.core.blocks import RatingBlock, raw
 from unlearn_spark.core.kernel import solve_rows
@@ -221,8 +220,30 @@ def mixed(
     return np.concatenate([y[None], history[first : first + 2 * keep]])
 
 
-def solver_of(settings: AlsSettings) -> Solver:
-    """The worker-side half of the settings."""
+class FitSettings(Protocol):
+    """What a solver takes of the settings of a fit (`config.AlsSettings`)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def reg_param(self) -> float: ...
+
+    @property
+    def implicit_prefs(self) -> bool: ...
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def nonnegative(self) -> bool: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+def solver_of(settings: FitSettings) -> Solver:
+    """The solver that these settings ask for."""
     objective = Objective(
         settings.reg_param, settings.implicit_prefs, settings.alpha, settings.nonnegative
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from unlearn_spark.spark.training.encoded import Encoded
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,8 @@ class TrainingSummary:
     @classmethod
     def of(
         cls,
-        encoded: Encoded,
+        n_rows: Mapping[str, int],
+        n_ratings: int,
         reports: Sequence[SweepReport],
         converged: bool,
         objective: float,
@@ -70,11 +69,12 @@ class TrainingSummary:
         started: float,
         encode_seconds: float,
     ) -> TrainingSummary:
-        """Of a fit that began at `started` (`time.perf_counter`) and ends now."""
+        """Of a fit to `n_ratings` ratings of `n_rows` rows a side, which began at `started`
+        (`time.perf_counter`) and ends now."""
         return cls(
-            users=encoded.layouts["user"].n_rows,
-            items=encoded.layouts["item"].n_rows,
-            ratings=encoded.n_ratings,
+            users=n_rows["user"],
+            items=n_rows["item"],
+            ratings=n_ratings,
             sweeps=len(reports),
             converged=converged,
             objective=objective,

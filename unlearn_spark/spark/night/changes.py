@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import functions as F
 
-from unlearn_spark.concurrency import together
+from unlearn_spark.concurrency import run_concurrently
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import InputError
 from unlearn_spark.spark.frames import materialise
@@ -143,7 +143,7 @@ def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
     """
     if model.ratings_version is None:
         raise InputError(f"model version {model.model_version} names no ratings; train it here")
-    heads = together(
+    heads = run_concurrently(
         {
             "ratings": lambda: store.version(ratings.TABLE),
             "tombstones": lambda: tombstones.version(store),

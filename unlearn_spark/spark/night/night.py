@@ -16,7 +16,7 @@ from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from unlearn_spark import publishing
-from unlearn_spark.concurrency import together
+from unlearn_spark.concurrency import run_concurrently
 from unlearn_spark.core.blocks import SIDES, other_side
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.rounds import Work
@@ -119,7 +119,7 @@ def run_night(
         return idle
     night, done = None, None
     with session_conf(store.spark, SMALL_QUERIES if news.is_small else {}):
-        found: dict[str, Any] = together(
+        found: dict[str, Any] = run_concurrently(
             {
                 "changes": partial(collect_changes, store, model, news, checkpoint),
                 "sizes": partial(models.sizes, store, model),
@@ -218,7 +218,7 @@ def _sweep(
     n_rows = summary.users + summary.items
     version = publishing.publish_fit(
         store,
-        fitted,
+        fitted.to_publish(),
         model.als,
         kind=tonight.kind,
         parent=model,
@@ -247,7 +247,7 @@ def restore(store: Store, model: ModelVersion) -> dict[str, int]:
         wanted = getattr(model, f"{table}_version")
         if wanted is not None:
             tasks[f"{table}_version"] = partial(store.restore, table, wanted)
-    return together(tasks)
+    return run_concurrently(tasks)
 
 
 def read_logs(store: Store, model: ModelVersion) -> None:
@@ -275,14 +275,14 @@ class Night:
         # What this night reads it names by version: only its writes have to wait for this.
         self.bases = ThreadPoolExecutor(1).submit(restore, store, model)
         self.published = dict(zip(SIDES, models.read_factors(store, model), strict=True))
-        self.touched: dict[str, DataFrame] = together(
+        self.touched: dict[str, DataFrame] = run_concurrently(
             {side: partial(self._touched, side) for side in SIDES}
         )
         counts = (
             F.expr("count_if(is_new) - count_if(NOT is_new AND n_ratings <= 0)"),
             F.coalesce(F.max("slot"), F.lit(0)),
         )
-        found: dict[str, Any] = together(
+        found: dict[str, Any] = run_concurrently(
             {
                 "sizes": lambda: aggregates_of(self.touched, *counts),
                 "slotted": lambda: self._kept(self._slotted()),
@@ -484,7 +484,7 @@ class Night:
         store, changes, tau = self.store, self.changes, self.tonight.unlearn.tau
         n_solved = sum(self.n_solved.values())
         bases = self.bases.result()
-        written = together(
+        written = run_concurrently(
             {
                 **self._partial_writes(),
                 **_receipts_write(store, self.model, changes, n_solved, self.worst),

@@ -131,7 +131,14 @@ def adopt_factors(
     for frame in parts.values():
         frame.unpersist()
     summary = TrainingSummary.of(
-        encoded, reports, converged, objective, worst, started, encode_seconds
+        encoded.n_rows,
+        encoded.n_ratings,
+        reports,
+        converged,
+        objective,
+        worst,
+        started,
+        encode_seconds,
     )
     return AdoptedFit(rows, encoded, summary, before, without_factors, without_ratings)
 

@@ -67,6 +67,11 @@ class Encoded:
         return "user" if users.n_rows < items.n_rows else "item"
 
     @property
+    def n_rows(self) -> dict[str, int]:
+        """By side."""
+        return {side: layout.n_rows for side, layout in self.layouts.items()}
+
+    @property
     def fits_one_task(self) -> bool:
         """Are the ratings so few that a single task sweeps them?"""
         return all(layout.n_parts == 1 for layout in self.layouts.values())

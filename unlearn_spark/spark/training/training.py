@@ -14,8 +14,10 @@ from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.core.training import SweepReport, TrainingSummary
 from unlearn_spark.errors import InputError
+from unlearn_spark.publishing import WholeModel
 from unlearn_spark.spark.frames import aggregates_of
 from unlearn_spark.spark.training.encoded import Encoded, encode_ratings
+from unlearn_spark.spark.training.encoding import stored_chunks
 from unlearn_spark.spark.training.sweeper import Sweeper, start_iterate
 from unlearn_spark.tables.sql import bound_expression
 
@@ -51,6 +53,17 @@ class FitResult:
     def item_factors(self) -> DataFrame:
         """id, factors array<float>, n_ratings."""
         return self.rows["item"].select("id", "factors", "n_ratings")
+
+    def to_publish(self) -> WholeModel:
+        """The model as `publishing.publish_fit` takes it."""
+        encoded = self.encoded
+        chunks = [stored_chunks(encoded.parts[side], encoded.layouts[side]) for side in SIDES]
+        layouts = {
+            side: {"n_blocks": layout.n_blocks, "n_slots": layout.n_slots}
+            for side, layout in encoded.layouts.items()
+        }
+        both = chunks[0].unionByName(chunks[1])
+        return WholeModel(self.rows, both, layouts, encoded.floors, self.summary)
 
     def release(self) -> None:
         """Drop the caches."""
@@ -108,7 +121,14 @@ def fit_factors(
     worst = largest_residual(rows, encoded.floors)
     reports = sweeper.reports
     summary = TrainingSummary.of(
-        encoded, reports, converged, reports[-1].objective, worst, started, encode_seconds
+        encoded.n_rows,
+        encoded.n_ratings,
+        reports,
+        converged,
+        reports[-1].objective,
+        worst,
+        started,
+        encode_seconds,
     )
     sweeper.release()
     return FitResult(rows, encoded, summary)
