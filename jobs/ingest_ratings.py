@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from unlearn_spark.ingestion.ratings import ingest_ratings
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import click
 
 from unlearn_spark.cli import JobContext, job, progress, run
 from unlearn_spark.ingestion import formats
-from unlearn_spark.tables import ratings
 
 
 @job("Ingest ratings.")
@@ -37,7 +38,7 @@ def main(context: JobContext, path: str, format: str, columns: str | None) -> di
     formats.check_exists(path)
     store = context.store
     raw = formats.read_ratings(context.spark, path, format, named)
-    report = ratings.ingest(store, raw)
+    report = ingest_ratings(store, raw)
     progress(
         f"{path}: {report.read} ratings read, {report.written} written, "
         f"{report.superseded} superseded, {report.quarantined} quarantined"

@@ -9,20 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from unlearn_spark.ingestion.requests import FORMATS, ingest_requests
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import click
 
 from unlearn_spark.cli import JobContext, job, progress, run
 from unlearn_spark.ingestion import formats
-from unlearn_spark.tables import ratings, tombstones
+from unlearn_spark.tables import ratings
 
 
 @job("Ingest deletion requests (tombstones).")
 @click.option("--input", "path", required=True, metavar="PATH", help="File, folder or glob.")
 @click.option(
     "--format",
-    type=click.Choice(tombstones.FORMATS, case_sensitive=False),
+    type=click.Choice(FORMATS, case_sensitive=False),
     help="What the input is.  [default: by its suffix; a folder with a Delta log is delta]",
 )
 def main(context: JobContext, path: str, format: str | None) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def main(context: JobContext, path: str, format: str | None) -> dict[str, Any]:
     """
     formats.check_exists(path)
     store = context.store
-    report = tombstones.ingest(store, path, format, ratings.id_types(store))
+    report = ingest_requests(store, path, format, ratings.id_types(store))
     progress(
         f"{path}: {report.read} requests read, {report.accepted} accepted, "
         f"{report.duplicates} duplicates, {report.quarantined} quarantined"

@@ -66,7 +66,6 @@ def test_a_replaced_ledger_is_one_file_a_block(spark, tmp_path):
     for row in rows:
         norm = 3.0 if row["block"] in blocks[row["side"]] else 1.0
         assert row["bound"] == norm / max(2.0, floors[row["side"]])
-        assert row["drift_mark"] == 0.0
 
 
 def test_a_ledger_of_an_earlier_version_is_refused_in_one_line(spark, tmp_path):

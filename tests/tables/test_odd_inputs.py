@@ -23,6 +23,8 @@ from unlearn_spark.config import Settings
 from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.ingestion import formats
 from unlearn_spark.ingestion.factors import read_factors
+from unlearn_spark.ingestion.ratings import ingest_ratings
+from unlearn_spark.ingestion.requests import ingest_requests
 from unlearn_spark.spark.session import get_spark
 from unlearn_spark.tables import quarantine, ratings, tombstones
 
@@ -273,7 +275,7 @@ def test_what_becomes_requests(store, tmp_path):
     accepted, reasons = {}, {}
     for number, (name, write, good, bad) in enumerate(REQUESTS):
         path = write(tmp_path / str(number))
-        report = tombstones.ingest(store, path, id_types=types)
+        report = ingest_requests(store, path, id_types=types)
         assert (report.accepted, report.quarantined) == (len(good), len(bad)), name
         accepted |= good
         reasons[path] = sorted(bad)
@@ -289,7 +291,7 @@ def test_what_becomes_requests(store, tmp_path):
 
 def test_requests_before_any_ratings_keep_their_ids(store, tmp_path):
     _, write, _, _ = REQUESTS[0]
-    report = tombstones.ingest(store, write(tmp_path))
+    report = ingest_requests(store, write(tmp_path))
     assert (report.accepted, report.quarantined) == (8, 2)
     assert {"42.0", "042", "+45", "abc"} < {r.user_id for r in tombstones.read(store).collect()}
 
@@ -298,7 +300,7 @@ def test_requests_before_any_ratings_keep_their_ids(store, tmp_path):
 def test_requests_that_are_refused(store, tmp_path, write, says):
     path = write(tmp_path)
     with pytest.raises(InputError) as caught:
-        tombstones.ingest(store, path)
+        ingest_requests(store, path)
     assert str(caught.value).startswith(f"--input {path}: ")
     assert says in str(caught.value)
     assert not tombstones.exists(store)
@@ -325,7 +327,7 @@ def test_collated_text_is_stored_as_plain_text(spark, store, tmp_path):
     rows = [("Ann", "x", 1), ("ann", "x", 2), ("BOB", "x", 3)]
     path = str(tmp_path / "collated.parquet")
     spark.createDataFrame(rows, schema).coalesce(1).write.parquet(path)
-    assert ratings.ingest(store, formats.read_ratings(spark, path, "parquet")).written == 3
+    assert ingest_ratings(store, formats.read_ratings(spark, path, "parquet")).written == 3
     table = ratings.read(store)
     assert table.schema["user_id"].dataType == T.StringType()
     assert {r.user_id for r in table.collect()} == {"Ann", "ann", "BOB"}
@@ -333,7 +335,7 @@ def test_collated_text_is_stored_as_plain_text(spark, store, tmp_path):
         F.col("user_id").alias("request_id"), F.lit("user").alias("scope"), "user_id"
     )
     asked.write.parquet(str(tmp_path / "asked.parquet"))
-    assert tombstones.ingest(store, str(tmp_path / "asked.parquet")).accepted == 3
+    assert ingest_requests(store, str(tmp_path / "asked.parquet")).accepted == 3
     assert tombstones.read(store).schema["user_id"].dataType == T.StringType()
 
 

@@ -25,6 +25,7 @@ from pyspark.sql import types as T
 
 from unlearn_spark.errors import ConflictError, InputError, SettingsError
 from unlearn_spark.ingestion import formats
+from unlearn_spark.ingestion.ratings import ingest_ratings
 from unlearn_spark.tables import quarantine, ratings
 from unlearn_spark.tables.store import Store, TableSpec
 
@@ -42,7 +43,7 @@ def _csv(folder: Path, name: str, *lines: str) -> str:
 
 
 def _ingest(store, path, format="csv", **columns):
-    return ratings.ingest(store, formats.read_ratings(store.spark, path, format, columns))
+    return ingest_ratings(store, formats.read_ratings(store.spark, path, format, columns))
 
 
 def _table(store):
@@ -427,7 +428,7 @@ def test_of_two_ingests_side_by_side_one_fails(store, tmp_path, monkeypatch, fir
         ours = replace(ours, frame=at_the_gate(ours.frame))
     theirs = _csv(tmp_path, "theirs.csv", "2,10,4,100")
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(ratings.ingest, store, ours)
+        running = pool.submit(ingest, store, ours)
         try:
             while not reached.exists():
                 assert not running.done(), running.result()

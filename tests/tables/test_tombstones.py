@@ -1,21 +1,19 @@
 """Deletion requests: how they get into the table, and which ratings they cover.
 
 Proves: each format and each fault; duplicates and conflicts by `request_id`; every scope at its
-edges; reinstatement; ids that are hashed; and that a plain Python reading of the rules agrees.
+edges; reinstatement; and that a plain Python reading of the rules agrees.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
-import hmac
 import json
 import random
 
 import pytest
-from pyspark.sql import functions as F
 
 from unlearn_spark.errors import InputError, SettingsError
+from unlearn_spark.ingestion.requests import CONFLICT, ingest_requests
 from unlearn_spark.tables import quarantine, requests, tombstones
 
 HEADER = "request_id,scope,user_id,item_id,from_ts,to_ts,requested_at"
@@ -43,7 +41,7 @@ def test_requests_are_validated_and_known_by_their_id(store, tmp_path):
         "r4,window,7,,2023-01-01,2023-02-01,2024-01-01": None,
         "r5,reinstate,7,,,,2024-06-01": None,
         "r1,user,7,,,,2024-01-01": "duplicate",
-        "r1,user,8,,,,2024-01-01": tombstones.CONFLICT,
+        "r1,user,8,,,,2024-01-01": CONFLICT,
         ",user,7,,,,": "request_id is missing",
         "b1,everything,7,,,,": "scope is none of user, item, rating, window, reinstate",
         "b2,,7,,,,": "scope is missing",
@@ -58,7 +56,7 @@ def test_requests_are_validated_and_known_by_their_id(store, tmp_path):
     }
     path = tmp_path / "requests.csv"
     path.write_text("\n".join([HEADER, *lines]) + "\n")
-    report = tombstones.ingest(store, str(path))
+    report = ingest_requests(store, str(path))
     assert (report.read, report.accepted, report.duplicates, report.quarantined) == (18, 5, 1, 12)
     assert report.version == tombstones.version(store)
     found = {r.request_id: r for r in tombstones.read(store).collect()}
@@ -69,7 +67,7 @@ def test_requests_are_validated_and_known_by_their_id(store, tmp_path):
     held = {r.raw: r.reason for r in store.read(quarantine.TABLE).collect()}
     assert held == {raw: why for raw, why in lines.items() if why not in (None, "duplicate")}
 
-    again = tombstones.ingest(store, str(path))
+    again = ingest_requests(store, str(path))
     assert (again.accepted, again.duplicates, again.quarantined) == (0, 6, 12)
     assert again.version == report.version
 
@@ -80,7 +78,7 @@ def test_formats_of_requests(spark, store, tmp_path):
         json.dumps({"request_id": "j1", "scope": "user", "user_id": 7, "requested_at": 1704067200})
         + '\n\nnot json\n{"scope": "user", "user_id": "7"}\n'
     )
-    report = tombstones.ingest(store, str(lines))
+    report = ingest_requests(store, str(lines))
     assert (report.read, report.accepted, report.quarantined) == (3, 1, 2)
     assert tombstones.read(store).first().user_id == "7"
     frame = spark.createDataFrame(
@@ -89,9 +87,9 @@ def test_formats_of_requests(spark, store, tmp_path):
     )
     frame.write.parquet(str(tmp_path / "requests.parquet"))
     frame.write.format("delta").save(str(tmp_path / "requests"))
-    report = tombstones.ingest(store, str(tmp_path / "requests.parquet"))
+    report = ingest_requests(store, str(tmp_path / "requests.parquet"))
     assert (report.accepted, report.duplicates) == (1, 1)
-    report = tombstones.ingest(store, str(tmp_path / "requests"))
+    report = ingest_requests(store, str(tmp_path / "requests"))
     assert (report.accepted, report.duplicates) == (0, 2)
 
 
@@ -106,7 +104,7 @@ def test_useless_requests_write_nothing(store, tmp_path):
     for name, (text, message) in cases.items():
         (tmp_path / name).write_text(text)
         with pytest.raises((InputError, SettingsError), match=message):
-            tombstones.ingest(store, str(tmp_path / name))
+            ingest_requests(store, str(tmp_path / name))
     assert not tombstones.exists(store)
     assert tombstones.version(store) is None
     assert not store.exists("quarantine")
@@ -190,30 +188,3 @@ def test_a_part_of_the_requests_still_knows_what_was_lifted(spark):
     frame = spark.createDataFrame(rows, RATINGS.format("bigint"))
     found = requests.covered(frame, whole.where("request_id = 'a'"), guard=False).collect()
     assert [(r.user_id, r.rated_at) for r in found] == [(1, dt.datetime(1970, 1, 1, 0, 0, 10))]
-
-
-def test_hashed_requests_still_guard(spark):
-    key = b"k" * 70  # longer than a hash block
-
-    def hashed(id):
-        return requests.HASHED_ID + hmac.new(key, id.encode(), hashlib.sha256).hexdigest()
-
-    for short in (key, b"short"):
-        column = requests.hmac_sha256(F.lit("žluť"), short)
-        expected = hmac.new(short, "žluť".encode(), hashlib.sha256).hexdigest()
-        assert spark.range(1).select(column).first()[0] == requests.HASHED_ID + expected
-    table = tombs(
-        spark,
-        ("u", "user", hashed("1"), None, None, None, 10),
-        ("p", "rating", hashed("2"), hashed("5"), None, None, 10),
-        ("i", "item", None, hashed("6"), None, None, 10),
-    )
-    rows = [(u, i, 1.0, at(5)) for u in (1, 2, 3) for i in (4, 5, 6)]
-    frame = spark.createDataFrame(rows, RATINGS.format("bigint"))
-    assert requests.covered(frame, table, guard=True).count() == 0
-
-    def hash_column(id):
-        return requests.hmac_sha256(id, key)
-
-    kept = requests.retained(frame, table, True, hash_column).collect()
-    assert {(r.user_id, r.item_id) for r in kept} == {(2, 4), (3, 4), (3, 5)}

@@ -17,6 +17,7 @@ from unlearn_spark import publishing
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError
 from unlearn_spark.ingestion import formats
+from unlearn_spark.ingestion.ratings import ingest_ratings
 from unlearn_spark.spark.audit import Equations, audit
 from unlearn_spark.spark.training.training import fit_factors
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
@@ -148,7 +149,7 @@ def trained(spark, tmp_path_factory):
     lines += [f"u{u},{i},{stars[u, i]:.3f},1500000000" for u, i in np.argwhere(rated)]
     (folder / "ratings.csv").write_text("\n".join(lines) + "\n")
     store = Store(spark, root=str(folder / "tables"))
-    ratings.ingest(store, formats.read_ratings(spark, str(folder / "ratings.csv"), "csv"))
+    ingest_ratings(store, formats.read_ratings(spark, str(folder / "ratings.csv"), "csv"))
     table = ratings.read(store).select("user_id", "item_id", "rating")
     parent = None
     for als in (EXPLICIT, IMPLICIT):

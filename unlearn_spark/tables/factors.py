@@ -77,15 +77,12 @@ LEDGER_SPEC = TableSpec(
         ("gradient_norm", DoubleType()),
         ("b_norm", DoubleType()),
         ("factor_norm", DoubleType()),
-        ("drift_mark", DoubleType()),
     ),
     partition_by=("side", "block"),
     skipping=("slot",),
 )
 """bound >= ||A x - b|| / max(||b||, floor) of the row, with its side's floor (`floor_of`).
-`gradient_norm` is an upper bound of the numerator, `b_norm` a lower bound of ||b||. `drift_mark` is
-the drift of the other side's Gram matrix that the entry does not contain yet; jobs fold all of it
-in, so it is 0."""
+`gradient_norm` is an upper bound of the numerator, `b_norm` a lower bound of ||b||."""
 
 RATING_BLOCKS_SPEC = TableSpec(
     _fields(
@@ -157,8 +154,7 @@ def replace_factor_blocks(
 def _with_bounds(entries: DataFrame, floors: Mapping[str, float]) -> DataFrame:
     """Entries (side, id, block, slot, chunk, n_ratings and the norms) as the ledger has them."""
     floor = F.when(F.col("side") == "user", floors["user"]).otherwise(floors["item"])
-    computed = {"bound": bound_expression(floor), "drift_mark": F.lit(0.0)}
-    return entries.withColumns(computed).select(*LEDGER_SPEC.schema.names)
+    return entries.withColumn("bound", bound_expression(floor)).select(*LEDGER_SPEC.schema.names)
 
 
 def ledger_rows(rows: DataFrame, side: str, floors: Mapping[str, float]) -> DataFrame:

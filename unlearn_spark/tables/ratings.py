@@ -9,7 +9,6 @@ because the log outlives the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -18,8 +17,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from unlearn_spark.errors import ConflictError, InputError
-from unlearn_spark.ingestion import formats
-from unlearn_spark.tables import quarantine, receipts, requests, tombstones
+from unlearn_spark.tables import receipts, requests, tombstones
 from unlearn_spark.tables.session_conf import session_conf
 from unlearn_spark.tables.sql import one_of
 from unlearn_spark.tables.store import Store, TableSpec, outdated
@@ -38,8 +36,6 @@ MAX_USER_BLOCKS = 256
 USER_BLOCKS = "unlearn.blocksOfUserKeys"
 """Where the number of user blocks stands: in the metadata of column `user_block`, or as a property
 of the table, where later versions of this software did not make it."""
-
-REFUSED = "covered by tombstone "
 
 _PRUNING_LIMIT = 256
 """Most values in a list of blocks or keys; a longer list would skip little. The session hands lists
@@ -72,53 +68,6 @@ _COLUMNS = (
     "user_key",
     "ingest_id",
 )
-
-
-@dataclass(frozen=True)
-class IngestReport:
-    """What became of the rows: `read == written + superseded + quarantined`.
-
-    Attributes
-    ----------
-    written
-        Rows that are new in the table or replaced the rating of their pair.
-    superseded
-        Rows that a newer rating of the same pair, in the input or in the table, made void.
-    version
-        Delta version of the ratings table that holds the result; None when there is no table.
-    """
-
-    read: int
-    written: int
-    superseded: int
-    quarantined: int
-    version: int | None
-
-
-@dataclass(frozen=True)
-class _Profile:
-    """One look at an input: rows by problem, and which id columns could be integers."""
-
-    problems: dict[str | None, int]
-    integral: dict[str, bool]
-
-    @property
-    def read(self) -> int:
-        return sum(self.problems.values())
-
-    @property
-    def good(self) -> int:
-        return self.problems.get(None, 0)
-
-    @property
-    def bad(self) -> int:
-        return self.read - self.good
-
-    @property
-    def worst(self) -> str:
-        """The most frequent problem."""
-        found = {problem: n for problem, n in self.problems.items() if problem is not None}
-        return max(found, key=lambda problem: (found[problem], problem))
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -326,139 +275,12 @@ def _pair_condition(near: str | None) -> str:
 # --- ingesting ------------------------------------------------------------------------------
 
 
-def ingest(
-    store: Store,
-    raw: formats.RawRatings,
-    keyed_hash: Callable[[Column], Column] | None = None,
-) -> IngestReport:
-    """Validate, quarantine and upsert the ratings of one input.
-
-    The newest rating of a pair wins, by `rated_at` (an unknown time is the oldest), then by its
-    place: a later line, a later ingest. The same input twice changes nothing. Rows that an
-    accepted tombstone covers are refused, without keeping what they say.
-
-    The quarantine is committed first, then the ratings: a job that dies in between has written no
-    rating, and running it again repeats neither.
-
-    Parameters
-    ----------
-    keyed_hash
-        How the ids of tombstones that are done were hashed; see `requests.covered`.
-
-    Raises
-    ------
-    InputError
-        There are no rows, or not one is usable. Nothing is written.
-    ConflictError
-        Another job wrote ratings meanwhile; no rating is written.
-    """
-    types = id_types(store)
-    rows = _typed(raw, types)
-    with formats.explained(raw.source, "this format"):
-        profile = _profile(rows, raw.text_ids and types is None)
-    if profile.read == 0:
-        raise InputError(f"--input {raw.source}: has no ratings; give a file with some")
-    if profile.good == 0:
-        raise InputError(
-            f"--input {raw.source}: none of its {profile.read} rows is usable; "
-            f"the most frequent reason: {profile.worst}"
-        )
-    if types is None:
-        types = _choose_types(raw, profile)
-        rows = _typed(raw, types)
-
-    good = rows.where(F.col("problem").isNull())
-    refused: DataFrame | None = None
-    if tombstones.exists(store):
-        marked = requests.with_requests(
-            good, tombstones.read(store), guard=True, keyed_hash=keyed_hash
-        )
-        good = marked.where(F.size("request_ids") == 0).drop("request_ids")
-        refused = marked.where(F.size("request_ids") > 0).select(
-            F.lit(None).cast("string").alias("raw"),
-            F.concat(F.lit(REFUSED), F.col("request_ids")[0]).alias("reason"),
-            F.lit(None).cast("string").alias("user_id"),
-            F.lit(None).cast("string").alias("item_id"),
-        )
-    bad = rows.where(F.col("problem").isNotNull()).select(
-        "raw",
-        F.col("problem").alias("reason"),
-        F.col("user_id").cast("string").alias("user_id"),
-        F.col("item_id").cast("string").alias("item_id"),
-    )
-    n_refused = refused.count() if refused is not None else 0
-    if profile.bad:
-        quarantine.add(store, raw.source, bad)
-    if refused is not None and n_refused:
-        quarantine.add(store, raw.source, refused)
-
-    n_good = profile.good - n_refused
-    with session_conf(store.spark, SMALL_PAGES):
-        written, version = _upsert(store, good, n_good, types)
-    return IngestReport(
-        read=profile.read,
-        written=written,
-        superseded=n_good - written,
-        quarantined=profile.bad + n_refused,
-        version=version,
-    )
-
-
 def id_types(store: Store) -> dict[str, T.DataType] | None:
     """Types of the table's user_id and item_id, string or bigint; None before the first ingest."""
     if not store.exists(TABLE):
         return None
     schema = read(store).schema
     return {name: schema[name].dataType for name in ("user_id", "item_id")}
-
-
-def _choose_types(raw: formats.RawRatings, profile: _Profile) -> dict[str, T.DataType]:
-    """Integers where every usable id is one; the types of the input where it has types."""
-    if raw.text_ids:
-        return {
-            name: T.LongType() if integral else T.StringType()
-            for name, integral in profile.integral.items()
-        }
-    return {name: raw.frame.schema[name].dataType for name in ("user_id", "item_id")}
-
-
-def _typed(raw: formats.RawRatings, types: dict[str, T.DataType] | None) -> DataFrame:
-    """The rows with ids in these types; an id without such a value becomes a problem."""
-    rows = raw.frame
-    if types is None:
-        return rows
-    problem = F.col("problem")
-    converted = {}
-    for name, kind in types.items():
-        source = rows.schema[name].dataType
-        converted[name] = F.col(name).cast(kind)
-        if isinstance(source, T.StringType) and not isinstance(kind, T.StringType):
-            converted[name] = requests.typed_id(F.col(name), kind)
-            foreign = formats.FOREIGN_ID.format(column=name)
-            problem = F.coalesce(problem, F.when(converted[name].isNull(), foreign))
-    return rows.select(
-        "raw",
-        "position",
-        *[column.alias(name) for name, column in converted.items()],
-        "rating",
-        "rated_at",
-        problem.alias("problem"),
-    )
-
-
-def _profile(rows: DataFrame, judge_ids: bool) -> _Profile:
-    """Count the rows by problem in one pass (the reasons are few)."""
-    names = ("user_id", "item_id")
-    integral = [
-        F.min(F.coalesce(requests.typed_id(F.col(name), T.LongType()).isNotNull(), F.lit(False)))
-        if judge_ids
-        else F.lit(False)
-        for name in names
-    ]
-    counts = rows.groupBy("problem").agg(F.count(F.lit(1)), *integral).collect()
-    usable = [row for row in counts if row[0] is None]
-    flags = {name: all(row[2 + index] for row in usable) for index, name in enumerate(names)}
-    return _Profile({row[0]: int(row[1]) for row in counts}, flags)
 
 
 def _newest(good: DataFrame, n_blocks: int) -> DataFrame:
@@ -478,10 +300,38 @@ def _newest(good: DataFrame, n_blocks: int) -> DataFrame:
     return newest.sortWithinPartitions(*keys)
 
 
+def upsert(
+    store: Store, good: DataFrame, n_good: int, types: dict[str, T.DataType]
+) -> tuple[int, int | None]:
+    """Write the rows that are the newest of their pair, in the input and in the table.
+
+    Parameters
+    ----------
+    good
+        user_id and item_id in the types of the table, rating, rated_at, position (of two rows of a
+        pair with one time the larger wins).
+    n_good
+        Their number.
+    types
+        Of user_id and item_id, where the table is to be made.
+
+    Returns
+    -------
+    tuple
+        How many rows were written, and the table's version afterwards (None: there is no table).
+
+    Raises
+    ------
+    ConflictError
+        Another job wrote ratings meanwhile; none of these is written.
+    """
+    with session_conf(store.spark, SMALL_PAGES):
+        return _upsert(store, good, n_good, types)
+
+
 def _upsert(
     store: Store, good: DataFrame, n_good: int, types: dict[str, T.DataType]
 ) -> tuple[int, int | None]:
-    """Write the newest rows; returns how many, and the table's version afterwards."""
     if not store.exists(TABLE):
         if n_good == 0:
             return 0, None

@@ -22,8 +22,6 @@ A rating whose time is unknown counts as older than every request, and is in no 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -34,9 +32,6 @@ if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
 SCOPES = ("user", "item", "rating", "window", "reinstate")
-
-HASHED_ID = "hmac-sha256:"
-"""How an id begins that a keyed hash has replaced, once the request is done and purged."""
 
 
 def effective(tombstones: DataFrame, done: DataFrame | None = None) -> DataFrame:
@@ -91,7 +86,6 @@ def covered(
     ratings: DataFrame,
     tombstones: DataFrame,
     guard: bool,
-    keyed_hash: Callable[[Column], Column] | None = None,
 ) -> DataFrame:
     """The ratings that requests cover: one row per rating and request, with its `request_id`.
 
@@ -105,11 +99,8 @@ def covered(
     guard
         True asks what may not be stored, False what must be removed or may not be learnt (see the
         module).
-    keyed_hash
-        How ids (strings) were hashed in tombstones that are done, as a Column expression, for
-        example `hmac_sha256` with its key; without it, hashed tombstones cover nothing.
     """
-    marked = with_requests(ratings, tombstones, guard, keyed_hash)
+    marked = with_requests(ratings, tombstones, guard)
     return marked.withColumn("request_id", F.explode("request_ids")).drop("request_ids")
 
 
@@ -117,10 +108,9 @@ def retained(
     ratings: DataFrame,
     tombstones: DataFrame,
     guard: bool,
-    keyed_hash: Callable[[Column], Column] | None = None,
 ) -> DataFrame:
     """The ratings that no request covers; parameters as for `covered`."""
-    marked = with_requests(ratings, tombstones, guard, keyed_hash)
+    marked = with_requests(ratings, tombstones, guard)
     return marked.where(F.size("request_ids") == 0).drop("request_ids")
 
 
@@ -128,7 +118,6 @@ def with_requests(
     ratings: DataFrame,
     tombstones: DataFrame,
     guard: bool,
-    keyed_hash: Callable[[Column], Column] | None = None,
 ) -> DataFrame:
     """The ratings with `request_ids` array<string>: the requests that cover each, in order.
 
@@ -141,30 +130,18 @@ def with_requests(
     marked = ratings
     found = []
     for side in ("user", "item"):
-        mine = _by_id(rules.where(F.col("by") == side), ratings, f"{side}_id", keyed_hash)
+        mine = _by_id(rules.where(F.col("by") == side), ratings, f"{side}_id")
         mine = mine.toDF(f"__{side}_id", f"__{side}_rules")
         marked = marked.join(
             F.broadcast(mine), F.col(f"{side}_id") == F.col(f"__{side}_id"), "left"
         ).drop(f"__{side}_id")
         here = F.col(f"__{side}_rules")
-        holding = F.filter(here, lambda rule: _holds(rule, keyed_hash))
+        holding = F.filter(here, _holds)
         names = F.transform(holding, lambda rule: rule["request_id"])
         found.append(F.when(here.isNull(), nothing).otherwise(names))
     return marked.withColumn("request_ids", F.array_sort(F.concat(*found))).drop(
         "__user_rules", "__item_rules"
     )
-
-
-def hmac_sha256(id: Column, key: bytes) -> Column:
-    """`hmac-sha256:` and the hex HMAC-SHA256 (RFC 2104) of a string, without a Python worker.
-
-    The padded key is a literal of the plan: a Spark event log, where one is kept, would show it.
-    """
-    block = (key if len(key) <= 64 else hashlib.sha256(key).digest()).ljust(64, b"\0")
-    inner_key = F.lit(bytearray(byte ^ 0x36 for byte in block))
-    outer_key = F.lit(bytearray(byte ^ 0x5C for byte in block))
-    inner = F.unhex(F.sha2(F.concat(inner_key, F.encode(id, "UTF-8")), 256))
-    return F.concat(F.lit(HASHED_ID), F.sha2(F.concat(outer_key, inner), 256))
 
 
 def _rules(requests: DataFrame, guard: bool) -> DataFrame:
@@ -194,23 +171,11 @@ def _rules(requests: DataFrame, guard: bool) -> DataFrame:
     )
 
 
-def _by_id(
-    rules: DataFrame,
-    ratings: DataFrame,
-    column: str,
-    keyed_hash: Callable[[Column], Column] | None,
-) -> DataFrame:
+def _by_id(rules: DataFrame, ratings: DataFrame, column: str) -> DataFrame:
     """(id in the ratings' type, array of rules); an id that is no value of that type is dropped."""
     cast = typed_id(F.col("id"), ratings.schema[column].dataType)
-    plain = rules.select(cast.alias("id"), "rule").where(F.col("id").isNotNull())
-    if keyed_hash is not None:
-        hashed = rules.where(F.col("id").startswith(HASHED_ID)).select(
-            F.col("id").alias("hash"), "rule"
-        )
-        names = ratings.select(F.col(column).alias("id")).distinct()
-        names = names.withColumn("hash", keyed_hash(F.col("id").cast("string")))
-        plain = plain.unionByName(names.join(F.broadcast(hashed), "hash").select("id", "rule"))
-    return plain.groupBy("id").agg(F.collect_list("rule").alias("rules"))
+    rules = rules.select(cast.alias("id"), "rule").where(F.col("id").isNotNull())
+    return rules.groupBy("id").agg(F.collect_list("rule").alias("rules"))
 
 
 def typed_id(id: Column, kind: T.DataType) -> Column:
@@ -224,12 +189,9 @@ def typed_id(id: Column, kind: T.DataType) -> Column:
     return F.when(number.cast("string") == id, number)
 
 
-def _holds(rule: Column, keyed_hash: Callable[[Column], Column] | None) -> Column:
+def _holds(rule: Column) -> Column:
     rated_at = F.col("rated_at")
-    item = F.col("item_id").cast("string")
-    same_item = rule["item"] == item
-    if keyed_hash is not None:
-        same_item = same_item | (rule["item"] == keyed_hash(item))
+    same_item = rule["item"] == F.col("item_id").cast("string")
     tests = [
         rule["item"].isNull() | same_item,
         rule["from"].isNull() | F.coalesce(rated_at >= rule["from"], F.lit(False)),

@@ -2,61 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import reduce
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from pyspark.sql import Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from unlearn_spark.errors import InputError, SettingsError
-from unlearn_spark.ingestion import formats
-from unlearn_spark.tables import quarantine
-from unlearn_spark.tables.requests import HASHED_ID, SCOPES, typed_id
 from unlearn_spark.tables.store import Store, TableSpec
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import DataFrame
 
 TABLE = "tombstones"
-FORMATS = ("csv", "jsonl", "parquet", "delta")
-
-CONFLICT = "request_id was used before with other content"
-
-_TEXTS = ("request_id", "scope", "user_id", "item_id")
-_TIMES = ("from_ts", "to_ts", "requested_at")
-_COLUMNS = _TEXTS + _TIMES
-_SUFFIXES = {
-    ".csv": "csv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
-
+TEXTS = ("request_id", "scope", "user_id", "item_id")
+TIMES = ("from_ts", "to_ts", "requested_at")
 SPEC = TableSpec(
     schema=T.StructType(
         [
-            *[T.StructField(name, T.StringType()) for name in _TEXTS],
-            *[T.StructField(name, T.TimestampType()) for name in _TIMES],
+            *[T.StructField(name, T.StringType()) for name in TEXTS],
+            *[T.StructField(name, T.TimestampType()) for name in TIMES],
             T.StructField("accepted_at", T.TimestampType()),
         ]
     )
 )
-
-
-@dataclass(frozen=True)
-class TombstoneReport:
-    """What became of the requests: `read == accepted + duplicates + quarantined`."""
-
-    read: int
-    accepted: int
-    duplicates: int
-    quarantined: int
-    version: int | None
 
 
 def exists(store: Store) -> bool:
@@ -78,283 +45,18 @@ def version(store: Store) -> int | None:
     return store.version(TABLE) if exists(store) else None
 
 
-def ingest(
-    store: Store,
-    path: str,
-    format: str | None = None,
-    id_types: Mapping[str, T.DataType] | None = None,
-) -> TombstoneReport:
-    """Validate requests, drop repeated ones, and append the new ones.
-
-    A request is known by its `request_id`: the same content again is a duplicate, other content is
-    quarantined (the first one stands). A request without `requested_at` was made now.
+def append(store: Store, accepted: DataFrame) -> int:
+    """Add requests that are not there yet; returns the newest Delta version.
 
     Parameters
     ----------
-    id_types
-        Types of user_id and item_id in the ratings table (`ratings.id_types`): a request whose id
-        can be none of that table would delete nothing, and is quarantined. None: there is no
-        table, and any id may come to be one of it.
-
-    Raises
-    ------
-    InputError
-        The input cannot be read, is empty, or holds no usable request. Nothing is written.
+    accepted
+        The columns of a request; one without `requested_at` was made now.
     """
-    format = format or _guess_format(store.spark, path)
-    formats.check_exists(path)
-    with formats.explained(path, format):
-        rows = _judged(_read_raw(store.spark, path, format), id_types or {}).persist()
-        problems = {row[0]: int(row[1]) for row in rows.groupBy("problem").count().collect()}
-    try:
-        total = sum(problems.values())
-        if total == 0:
-            raise InputError(f"--input {path}: has no requests; give a file with some")
-        if None not in problems:
-            worst = max(problems, key=lambda problem: (problems[problem], problem))
-            raise InputError(
-                f"--input {path}: none of its {total} requests is usable; "
-                f"the most frequent reason: {worst}"
-            )
-        store.create(TABLE, SPEC)
-        sorted_out = _sort_out(rows.where(F.col("problem").isNull()), read(store)).persist()
-        try:
-            fates = {row[0]: int(row[1]) for row in sorted_out.groupBy("fate").count().collect()}
-            refused = rows.where(F.col("problem").isNotNull()).unionByName(
-                sorted_out.where(F.col("fate") == "conflict")
-                .withColumn("problem", F.lit(CONFLICT))
-                .drop("fate")
-            )
-            n_refused = total - problems[None] + fates.get("conflict", 0)
-            if n_refused:
-                quarantine.add(
-                    store,
-                    path,
-                    refused.select("raw", F.col("problem").alias("reason"), "user_id", "item_id"),
-                )
-            newest = store.version(TABLE)
-            if fates.get("accepted"):
-                newest = _append(store, sorted_out.where(F.col("fate") == "accepted"))
-        finally:
-            sorted_out.unpersist()
-    finally:
-        rows.unpersist()
-    return TombstoneReport(
-        read=total,
-        accepted=fates.get("accepted", 0),
-        duplicates=fates.get("duplicate", 0),
-        quarantined=n_refused,
-        version=newest,
-    )
-
-
-def _append(store: Store, accepted: DataFrame) -> int:
     now = F.current_timestamp()
     accepted = accepted.withColumn("requested_at", F.coalesce("requested_at", now))
     accepted = accepted.withColumn("accepted_at", now).select(*SPEC.schema.names)
     # A merge that only inserts: a blind append would not see what a concurrent job accepted.
-    store.merge(TABLE, accepted, "t.request_id = s.request_id", ["WHEN NOT MATCHED THEN INSERT *"])
+    insert = ["WHEN NOT MATCHED THEN INSERT *"]
+    store.merge(TABLE, accepted, "t.request_id = s.request_id", insert)
     return store.version(TABLE)
-
-
-def _sort_out(good: DataFrame, known: DataFrame) -> DataFrame:
-    """The rows with `fate`: accepted, duplicate or conflict."""
-    content = ("scope", "user_id", "item_id", "from_ts", "to_ts", "requested_at")
-    one_request = Window.partitionBy("request_id").orderBy("position")
-    packed = good.withColumn("mine", F.struct(*content))
-    packed = packed.withColumn("rank", F.row_number().over(one_request)).withColumn(
-        "first", F.first("mine").over(one_request)
-    )
-    known = known.select(F.col("request_id"), F.struct(*content).alias("theirs"))
-    joined = packed.join(known, "request_id", "left")
-    is_known = F.col("theirs").isNotNull()
-    fate = (
-        F.when(is_known & _same(F.col("mine"), F.col("theirs")), "duplicate")
-        .when(is_known, "conflict")
-        .when(F.col("rank") == 1, "accepted")
-        .when(_same(F.col("mine"), F.col("first")), "duplicate")
-        .otherwise("conflict")
-    )
-    return joined.withColumn("fate", fate).select(*good.columns, "fate")
-
-
-def _same(mine: Column, other: Column) -> Column:
-    """Equal in content; a missing `requested_at` says nothing, and a hashed id cannot be told."""
-    tests = [mine[name].eqNullSafe(other[name]) for name in ("scope", "from_ts", "to_ts")]
-    for name in ("user_id", "item_id"):
-        tests.append(
-            mine[name].eqNullSafe(other[name])
-            | (mine[name].isNotNull() & F.coalesce(other[name].startswith(HASHED_ID), F.lit(False)))
-        )
-    mine_at, other_at = mine["requested_at"], other["requested_at"]
-    tests.append(mine_at.isNull() | other_at.isNull() | (mine_at == other_at))
-    return reduce(lambda left, right: left & right, tests)
-
-
-# --- reading requests -----------------------------------------------------------------------
-
-
-def _guess_format(spark: SparkSession, path: str) -> str:
-    name = PurePosixPath(path.rstrip("/"))
-    suffixes = [suffix.lower() for suffix in name.suffixes if suffix.lower() != ".gz"]
-    if suffixes and suffixes[-1] in _SUFFIXES:
-        return _SUFFIXES[suffixes[-1]]
-    if Store(spark, root=str(name.parent)).exists(name.name):
-        return "delta"
-    raise SettingsError(f"--input {path}: say with --format which of {', '.join(FORMATS)} it is")
-
-
-def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
-    """raw, earlier (problem), and the columns of a request: null where nothing is said, times in
-    any type."""
-    if format in ("parquet", "delta"):
-        return _from_table(formats.read_table(spark, path, format, _TIMES), path)
-    first = formats.first_line(spark, path)
-    if format == "csv":
-        names = formats.header_names(path, first)
-        where = _locate(names, path)
-        lines = formats.lines_below_header(spark, path, first)
-        lines = lines.withColumn("fields", formats.csv_fields(len(names)))
-        problem = F.when(F.col("fields").isNull(), formats.WRONG_WIDTH)
-        values = {name: F.col("fields")[index] for name, index in where.items()}
-    else:
-        # As variants, for `42.0` is an integer and `"42.0"` is not.
-        schema = ", ".join([*(f"{name} variant" for name in _COLUMNS), "malformed string"])
-        options = {"columnNameOfCorruptRecord": "malformed"}
-        lines = formats.lines(spark, path)
-        lines = lines.withColumn("fields", F.from_json("raw", schema, options))
-        lines = lines.withColumn(
-            "kinds",
-            F.struct(
-                *[F.schema_of_variant(F.col("fields")[name]).alias(name) for name in _COLUMNS]
-            ),
-        )
-        found = {name: _from_variant(name) for name in _COLUMNS}
-        malformed = F.when(F.col("fields.malformed").isNotNull(), "is not a JSON object")
-        problem = F.coalesce(malformed, *[wrong for _, wrong in found.values()])
-        # A step of its own, for each value is looked at several times by what follows.
-        lines = lines.select(
-            "raw",
-            problem.alias("wrong"),
-            F.struct(*[value.alias(name) for name, (value, _) in found.items()]).alias("fields"),
-        )
-        problem = F.col("wrong")
-        values = {name: F.col("fields")[name] for name in _COLUMNS}
-    texts = [
-        (F.nullif(formats.trimmed(values[name]), F.lit("")) if name in values else F.lit(None))
-        .cast("string")
-        .alias(name)
-        for name in _COLUMNS
-    ]
-    raw = F.col("raw")
-    earlier = F.coalesce(formats.not_utf8(raw, formats.is_unusual(raw)), problem)
-    return lines.select("raw", earlier.alias("earlier"), *texts)
-
-
-def _from_table(rows: DataFrame, path: str) -> DataFrame:
-    where = _locate(rows.columns, path)
-    nothing = F.lit(None).cast("string")
-    given = rows.select(
-        *[
-            (F.col(formats.quoted(rows.columns[where[name]])) if name in where else nothing).alias(
-                name
-            )
-            for name in _COLUMNS
-        ]
-    )
-    values, problems = [], []
-    for name in _COLUMNS:
-        value, kind = F.col(name), given.schema[name].dataType
-        if name in _TIMES:
-            formats.require_times(kind, name, path)
-        if name in _TEXTS or isinstance(kind, T.StringType):
-            value, problem = formats.id_of(value, kind, name, name, path)
-            problems.append(problem)
-        values.append((value.cast("string") if name in _TEXTS else value).alias(name))
-    return given.select(
-        F.to_json(F.struct(*_COLUMNS)).alias("raw"),
-        F.coalesce(*problems).alias("earlier"),
-        *values,
-    )
-
-
-def _from_variant(name: str) -> tuple[Column, Column]:
-    """A JSON value as text, a number by the rules of `formats.id_of`; and its problem."""
-    value, kind = F.col("fields")[name], F.col("kinds")[name]
-    text = F.try_variant_get(value, "$", "string")
-    nested = F.when(
-        kind.rlike("^(ARRAY|OBJECT|BOOLEAN)"), f"{name} is a list, an object, true or false"
-    )
-    if name in _TIMES:
-        return text, nested
-    number = F.try_variant_get(value, "$", "double")
-    integer, inexact = formats.id_of(number, T.DoubleType(), name, name, "")
-    is_inexact = kind.rlike("^(DECIMAL|DOUBLE|FLOAT)")
-    return (
-        F.when(is_inexact, integer.cast("string")).otherwise(text),
-        F.coalesce(nested, F.when(is_inexact, inexact)),
-    )
-
-
-def _locate(names: list[str], path: str) -> dict[str, int]:
-    wanted = {name: name for name in _COLUMNS}
-    optional = [name for name in _COLUMNS if name not in ("request_id", "scope")]
-    return formats.locate(names, wanted, optional, path, f"requests have {', '.join(_COLUMNS)}")
-
-
-def _judged(rows: DataFrame, id_types: Mapping[str, T.DataType]) -> DataFrame:
-    """Convert the times and find each row's first problem."""
-    rows = rows.withColumn("scope", F.lower("scope"))
-    times, time_problems = {}, []
-    for name in _TIMES:
-        times[name], problem = formats.timestamp_of(F.col(name), rows.schema[name].dataType)
-        # Reasons are written for ratings: here each names its own column.
-        time_problems.append(F.replace(problem, F.lit("rated_at"), F.lit(name)))
-    scope = F.col("scope")
-
-    def missing(column: str) -> Column:
-        return F.coalesce(F.col(column).cast("string"), F.lit("")) == ""
-
-    def unless_in(column: str, *scopes: str) -> Column:
-        return F.when(
-            ~missing(column) & ~scope.isin(*scopes), f"{column} does not belong to this scope"
-        )
-
-    def needed_in(column: str, *scopes: str) -> Column:
-        return F.when(missing(column) & scope.isin(*scopes), f"{column} is missing for this scope")
-
-    problem = F.coalesce(
-        F.col("earlier"),
-        F.when(missing("request_id"), "request_id is missing"),
-        F.when(missing("scope"), "scope is missing"),
-        F.when(~scope.isin(*SCOPES), f"scope is none of {', '.join(SCOPES)}"),
-        needed_in("user_id", "user", "rating", "window"),
-        needed_in("item_id", "item", "rating"),
-        F.when(
-            (scope == "reinstate") & missing("user_id") & missing("item_id"),
-            "reinstate needs user_id or item_id",
-        ),
-        # A request that says more than its scope would delete more than it says.
-        unless_in("user_id", "user", "rating", "window", "reinstate"),
-        unless_in("item_id", "item", "rating", "reinstate"),
-        unless_in("from_ts", "window"),
-        unless_in("to_ts", "window"),
-        *time_problems,
-        needed_in("from_ts", "window"),
-        needed_in("to_ts", "window"),
-        F.when(times["from_ts"] >= times["to_ts"], "from_ts is not before to_ts"),
-        *[
-            F.when(
-                ~missing(column) & typed_id(F.col(column), kind).isNull(),
-                formats.FOREIGN_ID.format(column=column),
-            )
-            for column, kind in id_types.items()
-        ],
-    )
-    return rows.select(
-        "raw",
-        formats.position().alias("position"),
-        *_TEXTS,
-        *[times[name].alias(name) for name in _TIMES],
-        problem.alias("problem"),
-    )
