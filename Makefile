@@ -19,7 +19,7 @@ $(READY): requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
-	$(BIN)/python -m unlearn_spark.session
+	$(BIN)/python -m unlearn_spark.spark.install
 	touch $@
 
 demo: setup ## ratings -> model -> forgetting -> audit; INPUT=path FORMAT=... takes your ratings
@@ -32,10 +32,11 @@ test: setup ## the tests (below 15 minutes on 2 cores)
 test-all: setup ## the tests, slow ones too
 	$(BIN)/python -m pytest -m ""
 
-check: setup ## lint and types
+check: setup ## lint, types, and which module may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup ## let ruff format the code
 	$(BIN)/ruff check --fix .

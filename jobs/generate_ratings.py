@@ -3,37 +3,8 @@
 python jobs/generate_ratings.py --users 6000 --items 4000 --ratings 1000000 --output r.parquet
 """
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import click
-
-from unlearn_spark.cli import JobContext, job, progress, run
-
-
-@job("Generate synthetic ratings.")
-@click.option("--users", required=True, type=int)
-@click.option("--items", required=True, type=int)
-@click.option("--ratings", required=True, type=int)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--output", required=True, metavar="PATH", help="A .csv or .parquet file.")
-def main(
-    context: JobContext, users: int, items: int, ratings: int, seed: int, output: str
-) -> dict[str, Any]:
-    """Ratings run from 0.5 to 5 in half stars; every user and item occurs if there are enough."""
-    from unlearn_spark.evaluation import synthetic
-
-    written = synthetic.write(users, items, ratings, seed, output)
-    progress(
-        f"{output}: {written.ratings} ratings of {written.users} users and {written.items} items"
-    )
-    return {"users": written.users, "items": written.items, "ratings": written.ratings}
-
+from unlearn_spark.cli import run
+from unlearn_spark.jobs.generate_ratings import main
 
 if __name__ == "__main__":
     run(main)

@@ -3,52 +3,8 @@
 spark-submit jobs/ingest_tombstones.py --root DIR --input requests.csv
 """
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-from typing import Any
-
-from unlearn_spark.ingestion.requests import FORMATS, ingest_requests
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import click
-
-from unlearn_spark.cli import JobContext, job, progress, run
-from unlearn_spark.ingestion import formats
-from unlearn_spark.tables import ratings
-
-
-@job("Ingest deletion requests (tombstones).")
-@click.option("--input", "path", required=True, metavar="PATH", help="File, folder or glob.")
-@click.option(
-    "--format",
-    type=click.Choice(FORMATS, case_sensitive=False),
-    help="What the input is.  [default: by its suffix; a folder with a Delta log is delta]",
-)
-def main(context: JobContext, path: str, format: str | None) -> dict[str, Any]:
-    """Columns: request_id, scope, user_id, item_id, from_ts, to_ts, requested_at.
-
-    Scopes: user, item, rating (one pair), window (a user's ratings in [from_ts, to_ts)), reinstate
-    (lifts the earlier requests of a user_id or item_id). A request without requested_at is made
-    now.
-    """
-    formats.check_exists(path)
-    store = context.store
-    report = ingest_requests(store, path, format, ratings.id_types(store))
-    progress(
-        f"{path}: {report.read} requests read, {report.accepted} accepted, "
-        f"{report.duplicates} duplicates, {report.quarantined} quarantined"
-    )
-    return {
-        "read": report.read,
-        "accepted": report.accepted,
-        "duplicates": report.duplicates,
-        "quarantined": report.quarantined,
-        "tombstones_version": report.version,
-    }
-
+from unlearn_spark.cli import run
+from unlearn_spark.jobs.ingest_tombstones import main
 
 if __name__ == "__main__":
     run(main)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from unlearn_spark import cli
+from unlearn_spark.__main__ import JOBS
 from unlearn_spark.config import Settings
 from unlearn_spark.spark.session import get_spark
 from unlearn_spark.tables.store import Store
@@ -79,22 +78,13 @@ class JobResult:
 
 @pytest.fixture
 def run_job(spark: Any) -> Callable[..., JobResult]:
-    """`run_job("ingest_ratings", "--root", root, ...)`: jobs/ingest_ratings.py in this process."""
+    """`run_job("ingest_ratings", "--root", root, ...)`: that job in this process."""
 
     def run(name: str, *arguments: object) -> JobResult:
-        path = REPOSITORY / "jobs" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"jobs_{name}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        search_path = list(sys.path)
+        command = JOBS[name]
         out, err = io.StringIO(), io.StringIO()
-        try:
-            spec.loader.exec_module(module)
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = cli._run(module.main, [str(argument) for argument in arguments])
-        finally:
-            sys.path[:] = search_path
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli._run(command, [str(argument) for argument in arguments])
         lines = out.getvalue().strip().splitlines()
         return JobResult(code, json.loads(lines[-1]) if lines else None, err.getvalue())
 

@@ -8,7 +8,6 @@ notebook's calls and the Python example name real options. No Spark session is s
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import re
 import shlex
@@ -21,14 +20,16 @@ from typing import Any
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from unlearn_spark import config
+from unlearn_spark.__main__ import JOBS as COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
 NOTEBOOK = REPOSITORY / "notebooks" / "quickstart.py"
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
-JOBS = sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py"))
+JOBS = sorted({*COMMANDS, *(path.stem for path in (REPOSITORY / "jobs").glob("*.py"))})
 
 _JOB = re.compile(r"^jobs/(\w+)\.py$")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -66,16 +67,7 @@ def load_job(name: str) -> click.Command:
     """The click command of jobs/<name>.py."""
     path = REPOSITORY / "jobs" / f"{name}.py"
     assert path.exists(), f"jobs/{name}.py is named but does not exist"
-    spec = importlib.util.spec_from_file_location(f"page_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    search_path = list(sys.path)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = search_path
-    return module.main
+    return COMMANDS[name]
 
 
 def parse(name: str, arguments: list[str]) -> None:
@@ -274,16 +266,32 @@ def test_the_notebook_is_a_databricks_source_and_its_jobs_exist():
 
 @pytest.mark.parametrize("name", JOBS)
 def test_every_job_answers_help(name):
-    answer = subprocess.run(
-        [sys.executable, str(REPOSITORY / "jobs" / f"{name}.py"), "--help"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
+    answer = CliRunner().invoke(load_job(name), ["--help"])
+    assert answer.exit_code == 0, answer.output
     for option in ("--conf", "--root", "--set"):
-        assert option in answer.stdout
+        assert option in answer.output
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_file_of_a_job_runs_that_job(name):
+    text = (REPOSITORY / "jobs" / f"{name}.py").read_text("utf-8")
+    assert text.endswith(
+        f"""from unlearn_spark.cli import run
+from unlearn_spark.jobs.{name} import main
+
+if __name__ == "__main__":
+    run(main)
+"""
+    )
+
+
+def test_a_script_and_the_command_answer_in_processes_of_their_own():
+    script = [sys.executable, str(REPOSITORY / "jobs" / "train.py"), "--help"]
+    command = [sys.executable, "-m", "unlearn_spark", "train", "--help"]
+    for words in (script, command):
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+        assert answer.returncode == 0, answer.stderr
+        assert "--root" in answer.stdout
 
 
 def test_every_job_and_setting_section_is_in_the_readme():

@@ -12,12 +12,11 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from unlearn_spark.config import Settings, load_settings
+from unlearn_spark.config import CHECKOUT, Settings, load_settings
 from unlearn_spark.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from unlearn_spark.tables.store import Store
 
-DEFAULT_CONF = Path(__file__).resolve().parent.parent / "conf" / "local.yaml"
+DEFAULT_CONF = CHECKOUT / "conf" / "local.yaml" if CHECKOUT else None
 
 
 @dataclass
@@ -73,7 +72,7 @@ def job(summary: str) -> Callable[[Callable[..., Mapping[str, Any]]], click.Comm
             return main(JobContext(settings), **options)
 
         command = click.Command(
-            name=Path(sys.argv[0]).name,
+            name=main.__module__.rpartition(".")[2],
             callback=callback,
             help=f"{summary}\n\n{inspect.getdoc(main) or ''}",
             params=[
@@ -81,8 +80,8 @@ def job(summary: str) -> Callable[[Callable[..., Mapping[str, Any]]], click.Comm
                 click.Option(
                     ["--conf"],
                     metavar="FILE",
-                    default=str(DEFAULT_CONF) if DEFAULT_CONF.exists() else None,
-                    help="Settings (YAML).  [default: conf/local.yaml]",
+                    default=str(DEFAULT_CONF) if DEFAULT_CONF else None,
+                    help="Settings (YAML).  [default: conf/local.yaml of a checkout]",
                 ),
                 click.Option(
                     ["--root"], metavar="DIR", help="Where the tables are; wins over the settings."

@@ -18,6 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from unlearn_spark.errors import SettingsError
 
+_ABOVE = Path(__file__).resolve().parent.parent
+CHECKOUT = _ABOVE if (_ABOVE / "conf").is_dir() and (_ABOVE / "setup.cfg").exists() else None
+"""The repository that this package is run from; None where a wheel is installed."""
+
 _MASTER = r"local(\[.+\])?|local-cluster\[.+\]|yarn|(spark|k8s)://.+"
 
 

@@ -23,8 +23,6 @@ import pytest
 from unlearn_spark.tables import models, ratings, receipts
 from unlearn_spark.tables.store import Store
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 GONE = ("u3", "u14", "u40")
@@ -153,8 +151,8 @@ def run(run_job, job, root, *arguments, sets=()):
     ("table", "more"),
     [
         pytest.param("ratings", 1, id="after the ratings were deleted"),
-        pytest.param("user_factors", 1, id="after the first factors"),
-        pytest.param("receipts", 2, id="after the receipts"),
+        pytest.param("user_factors", 1, id="after the first factors", marks=pytest.mark.slow),
+        pytest.param("receipts", 2, id="after the receipts", marks=pytest.mark.slow),
     ],
 )
 def test_unlearn_killed_after_a_commit_is_done_by_the_next_run(
@@ -192,6 +190,7 @@ def test_unlearn_killed_after_a_commit_is_done_by_the_next_run(
     assert run(run_job, "unlearn", root)["requests"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux: reads /proc")
 @pytest.mark.parametrize(
     ("start", "table", "more"),

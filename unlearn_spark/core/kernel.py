@@ -24,14 +24,13 @@ NumPy and SciPy alone; Spark is not known here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 
+from unlearn_spark.core import simd
 from unlearn_spark.core.objective import (
     DUAL_ERROR,
     SCRATCH_BYTES,
@@ -92,7 +91,7 @@ def solve_rows(
     warm: NDArray[np.float32] | None = None,
     active: NDArray[np.bool_] | None = None,
     dtype: Any = np.float32,
-    engine: str = "auto",
+    engine: Literal["numba", "numpy"] = "numba",
 ) -> RowSolution:
     """Solve each row's normal equations exactly, the other side held fixed.
 
@@ -113,7 +112,7 @@ def solve_rows(
     dtype
         float32 or float64: precision of the systems. Answers are float32 either way.
     engine
-        "numpy", "numba", or "auto": numba where it is installed.
+        "numba", or its twin "numpy", which calls LAPACK row by row: slower, and easier to read.
 
     Returns
     -------
@@ -124,8 +123,7 @@ def solve_rows(
     Raises
     ------
     SettingsError
-        `engine` is unknown or not installed, `dtype` is neither precision, or implicit mode
-        came without `gram`.
+        `dtype` is neither precision, or implicit mode came without `gram`.
     """
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, np.float64):
@@ -133,7 +131,6 @@ def solve_rows(
             f"dtype: {dtype} is not a precision to solve in: use float32 or float64"
         )
     problem = _problem(indptr, indices, values, other, objective, gram, warm)
-    fast = _engine(engine)
     n = len(problem.indptr) - 1
     rows = np.arange(n) if active is None else np.flatnonzero(active)
     found = _Found.empty(n, problem.rank)
@@ -142,8 +139,8 @@ def solve_rows(
 
     if objective.nonnegative:
         unsolved = rows
-    elif fast is not None:
-        unsolved = fast.solve(problem, found, rows, dtype)
+    elif engine == "numba":
+        unsolved = simd.solve(problem, found, rows, dtype)
     else:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
             unsolved = _solve_by_lapack(problem, found, rows, dtype)
@@ -162,7 +159,7 @@ def row_residuals(
     objective: Objective,
     *,
     gram: NDArray[np.float64] | None = None,
-    engine: str = "auto",
+    engine: Literal["numba", "numpy"] = "numba",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``||A x - b||`` and ``||b||`` of given rows, in float64.
 
@@ -183,15 +180,14 @@ def row_residuals(
         part alone counts where the factor is 0.
     """
     problem = _problem(indptr, indices, values, other, objective, gram, factors)
-    fast = _engine(engine)
     n, rank = len(problem.indptr) - 1, problem.rank
     gradient_norm, b_norm = np.zeros(n), np.zeros(n)
     step = max(1, SCRATCH_BYTES // (16 * max(rank, 1)))
     for first, last in _row_chunks(problem.indptr, step):
         x = factors[first:last].astype(np.float64)
         gradient, b = np.zeros_like(x), np.zeros_like(x)
-        if fast is not None:
-            fast.residuals(problem, first, gradient, b)
+        if engine == "numba":
+            simd.residuals(problem, first, gradient, b)
         else:
             _add_residuals(problem, first, last, step, x, gradient, b)
         if problem.gram is not None:
@@ -221,29 +217,6 @@ def _problem(
         np.ascontiguousarray(gram, np.float64) if objective.implicit_prefs else None,
         None if warm is None else np.ascontiguousarray(warm, np.float32),
     )
-
-
-def _engine(name: str) -> ModuleType | None:
-    """The fast engine's module, or None for LAPACK."""
-    if name not in ("auto", "numpy", "numba"):
-        raise SettingsError(f"engine: {name!r} is unknown: use auto, numpy or numba")
-    if name == "numpy":
-        return None
-    fast = _fast_engine()
-    if fast is None and name == "numba":
-        raise SettingsError("engine: numba is not installed: pip install 'unlearn-spark[fast]'")
-    return fast
-
-
-@cache
-def _fast_engine() -> ModuleType | None:
-    try:
-        import numba  # noqa: F401
-    except ImportError:  # an optional dependency
-        return None
-    from unlearn_spark.core import simd as fast
-
-    return fast
 
 
 # --- the numpy engine -----------------------------------------------------------------------------

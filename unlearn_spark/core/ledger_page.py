@@ -25,9 +25,9 @@ PAGE_ROWS = 100_000
 MOST_CHUNKS = 512
 """Beyond this many chunks whole blocks are looked through."""
 
-CHOICES = ("over", "looked", "either")
-"""Which rows a round may look at: those over tau, those that the round before looked at, or the
-latter and those over the mark."""
+CHOICES = ("over_tau", "last_round", "candidates")
+"""Which rows a round may look at: those over tau; those that the last round looked at; or these and
+the rows over the mark."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Page:
     b_norm : float64 (n,)
         Lower bounds of ||b||.
     factor_norm : float64 (n,)
-    looked, solved : bool (n,)
+    last_round, solved : bool (n,)
         The last round looked at the row, and was small enough for that to be of use; the row was
         re-solved tonight.
     changes
@@ -177,7 +177,7 @@ class Page:
     gradient_norm: NDArray[np.float64]
     b_norm: NDArray[np.float64]
     factor_norm: NDArray[np.float64]
-    looked: NDArray[np.bool_]
+    last_round: NDArray[np.bool_]
     solved: NDArray[np.bool_]
     changes: RatingChanges = NO_CHANGES
 
@@ -215,7 +215,7 @@ class Page:
         here = arrays["n_ratings"] > 0
         kept = {name: array[here] for name, array in arrays.items()}
         false = np.zeros(int(here.sum()), np.bool_)
-        return cls(slots=slots[here], **kept, looked=false, solved=false, changes=changes)
+        return cls(slots=slots[here], **kept, last_round=false, solved=false, changes=changes)
 
     def bound(self, floor: float) -> NDArray[np.float64]:
         """Upper bounds of the rows' residuals, which are relative to `floor` at least."""
@@ -277,16 +277,20 @@ class Page:
         for name in ("gradient_norm", "b_norm", "factor_norm"):
             arrays[name] = getattr(self, name).copy()
             arrays[name][places] = norms[name][known]
-        looked, all_solved = np.zeros(len(self.slots), np.bool_), self.solved.copy()
-        looked[places] = again
+        last_round, all_solved = np.zeros(len(self.slots), np.bool_), self.solved.copy()
+        last_round[places] = again
         all_solved[places] |= solved[known]
-        return replace(self, **arrays, looked=looked, solved=all_solved)
+        return replace(self, **arrays, last_round=last_round, solved=all_solved)
 
     def chosen(self, name: str, tau: float, mark: float, floor: float) -> NDArray[np.bool_]:
         """Which rows a choice means."""
-        if name == "over":
+        if name == "over_tau":
             return self.bound(floor) > tau
-        return self.looked if name == "looked" else self.looked | (self.bound(floor) > mark)
+        return (
+            self.last_round
+            if name == "last_round"
+            else self.last_round | (self.bound(floor) > mark)
+        )
 
     def summary(self, n_blocks: int, tau: float, mark: float, floor: float) -> Summary:
         """How the page stands."""
@@ -340,7 +344,7 @@ _KINDS: dict[str, type[np.generic]] = {
     "gradient_norm": np.float64,
     "b_norm": np.float64,
     "factor_norm": np.float64,
-    "looked": np.bool_,
+    "last_round": np.bool_,
     "solved": np.bool_,
 }
 _CHANGES: dict[str, type[np.generic]] = {

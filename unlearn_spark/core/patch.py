@@ -60,7 +60,7 @@ class PatchSide:
 
 
 @dataclass(frozen=True)
-class SettledSide:
+class PatchResult:
     """What a patch did to one side.
 
     Attributes
@@ -104,7 +104,7 @@ class SettledSide:
         }
 
 
-def settle(
+def solve_patch(
     solver: Solver,
     sides: Mapping[str, PatchSide],
     tau: float,
@@ -112,7 +112,7 @@ def settle(
     grams: Mapping[str, NDArray[np.float64]],
     spare: float = np.inf,
     most_turns: int = MOST_TURNS,
-) -> dict[str, SettledSide]:
+) -> dict[str, PatchResult]:
     """Solve the rows of a patch until none is over tau, within `most_turns` half-sweeps.
 
     An eager side at its first turn, and any side with a row over tau, is solved down to the mark.
@@ -230,7 +230,7 @@ class _Side:
         here[other.places[moved]] = True
         self.stale[self.entry_rows[here[self.ratings.others]]] = True
 
-    def settled(self, other: _Side) -> SettledSide:
+    def settled(self, other: _Side) -> PatchResult:
         """The end: what moved here, and what the other side's moves did to rows outside."""
         gradient = b = np.zeros(len(self.known))
         if other.solved.any():
@@ -249,7 +249,7 @@ class _Side:
         outside[self.places] = False
         pushed = np.flatnonzero(outside & (gradient > 0))
         mine = self.places[self.solved]
-        return SettledSide(
+        return PatchResult(
             self.slots,
             self.factors[self.places],
             self.gradient_norm,

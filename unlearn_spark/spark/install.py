@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from unlearn_spark.config import CHECKOUT
 from unlearn_spark.spark.java import ensure_java, jars_directory
-
-if TYPE_CHECKING:
-    pass
 
 
 def install_jars() -> list[str]:
@@ -45,9 +43,21 @@ def install_jars() -> list[str]:
 
 def link_defaults() -> None:
     """Let plain `spark-submit` of this interpreter's pyspark find conf/spark-defaults.conf."""
-    defaults = Path(__file__).resolve().parent.parent / "conf" / "spark-defaults.conf"
-    if defaults.exists():
+    if CHECKOUT:
+        defaults = CHECKOUT / "conf" / "spark-defaults.conf"
         link = jars_directory().parent / "conf" / "spark-defaults.conf"
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(defaults)
+
+
+if __name__ == "__main__":
+    from unlearn_spark.spark.session import prepare_workers
+    from unlearn_spark.spark.worker_daemon import warm_up
+
+    names = install_jars()
+    link_defaults()
+    print("Delta jars:", ", ".join(names) if names else "already there", file=sys.stderr)
+    print("compiling the kernels, once", file=sys.stderr)
+    prepare_workers()
+    warm_up()

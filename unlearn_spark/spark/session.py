@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import unlearn_spark
 from unlearn_spark.errors import SettingsError, UserError
-from unlearn_spark.spark.install import install_jars, link_defaults
 from unlearn_spark.spark.java import ensure_java, jars_directory
 from unlearn_spark.tables.session_conf import set_if_allowed
 
@@ -112,7 +112,7 @@ def prepare_workers() -> None:
     for name, value in _MALLOC.items():
         os.environ.setdefault(name, value)
     # Workers import this package by path when it is run from a checkout without being installed.
-    package_parent = str(Path(__file__).resolve().parent.parent)
+    package_parent = str(Path(unlearn_spark.__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH", "")
     if package_parent not in path.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, path]))
@@ -169,9 +169,8 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
         conf["spark.python.daemon.module"] = "unlearn_spark.spark.worker_daemon"
     for name in _BLAS_VARIABLES:
         conf[f"spark.executorEnv.{name}"] = "1"
-    logging = Path(__file__).resolve().parent.parent / "conf" / "log4j2.properties"
-    if logging.exists():
-        conf["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={logging.as_uri()}"
+    logging = Path(__file__).with_name("log4j2.properties")
+    conf["spark.driver.extraJavaOptions"] += f" -Dlog4j2.configurationFile={logging.as_uri()}"
     conf = with_further(conf, own)
     place = remote or spark_settings.master or ("" if submitted else "local[*]")
     if place:
@@ -242,14 +241,3 @@ def _set_up(session: SparkSession, wanted: Mapping[str, object]) -> None:
                 "set it where the session is made",
                 file=sys.stderr,
             )
-
-
-if __name__ == "__main__":
-    from unlearn_spark.spark.worker_daemon import warm_up
-
-    names = install_jars()
-    link_defaults()
-    print("Delta jars:", ", ".join(names) if names else "already there", file=sys.stderr)
-    print("compiling the kernels, once", file=sys.stderr)
-    prepare_workers()
-    warm_up()

@@ -39,6 +39,8 @@ def warm_up() -> None:
     import pandas  # noqa: F401
 
     from unlearn_spark.core import kernel
+    from unlearn_spark.spark.night import rounds  # noqa: F401
+    from unlearn_spark.spark.training import sweeper  # noqa: F401
 
     indptr, others = np.array([0, 1], np.int64), np.zeros(1, np.int32)
     ones = np.ones((1, 1), np.float32)

@@ -23,11 +23,11 @@ from pyspark.sql.types import (
 )
 
 from unlearn_spark.tables.session_conf import session_conf
-from unlearn_spark.tables.sql import bound_expression, in_blocks, in_blocks_of_sides
+from unlearn_spark.tables.sql import bound_expression, in_blocks
 from unlearn_spark.tables.store import TableSpec, outdated
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from pyspark.sql import DataFrame
 
@@ -183,13 +183,8 @@ def read_ledger(store: Store, version: int | None) -> DataFrame:
     return ledger
 
 
-def replace_ledger(
-    store: Store,
-    entries: DataFrame,
-    blocks: Mapping[str, Collection[int]] | None,
-    floors: Mapping[str, float],
-) -> int:
-    """Replace the entries of the named blocks of each side, or (None) all.
+def replace_ledger(store: Store, entries: DataFrame, floors: Mapping[str, float]) -> int:
+    """Replace all entries.
 
     Parameters
     ----------
@@ -200,9 +195,7 @@ def replace_ledger(
         By side what the model's residuals are relative to at least.
     """
     rows = _with_bounds(entries, floors).sortWithinPartitions("side", "block", "slot")
-    if blocks is None:
-        return store.overwrite(LEDGER, rows)
-    return store.replace_where(LEDGER, rows, in_blocks_of_sides(blocks))
+    return store.overwrite(LEDGER, rows)
 
 
 def write_rating_blocks(store: Store, chunks: DataFrame) -> int:

@@ -8,7 +8,7 @@ because the log outlives the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -41,11 +41,9 @@ _PRUNING_LIMIT = 256
 """Most values in a list of blocks or keys; a longer list would skip little. The session hands lists
 of this length to Parquet (`spark.sql.parquet.pushdown.inFilterThreshold`)."""
 
-FEW_PAIRS = 1_000_000
-"""Most pairs that a function carries to the tasks that delete them: some ten megabytes."""
-
-FEW_KEYS = 4096
-"""Most values of `user_key` in the condition of a deletion, which Delta logs."""
+MOST_PAIRS = 1_000_000
+"""Most pairs that a function carries to the tasks that delete them, some ten megabytes; more only
+where a single block has more."""
 
 SMALL_PAGES = {
     # Some users' ratings are a few pages of each file: those of five or so values of `user_key`.
@@ -212,9 +210,10 @@ def delete(store: Store, pairs: DataFrame, version: int) -> int:
     """Remove pairs (user_id, item_id in the table's types) from the newest `version`; returns the
     Delta version afterwards.
 
-    Neither way leaves ids in the log, as the predicate of a plain DELETE would: few pairs are found
-    by a function of which the log has the name, many meet the table in a merge. Rows are marked in
-    deletion vectors; their bytes go with `purge`.
+    A Python function finds the pairs, of which Delta's log has the name alone; the log's predicate
+    names blocks. The function carries the pairs, which pass through the driver, `MOST_PAIRS` at a
+    time: a larger deletion takes several commits. Rows are marked in deletion vectors; their bytes
+    go with `purge`.
 
     Raises
     ------
@@ -222,21 +221,32 @@ def delete(store: Store, pairs: DataFrame, version: int) -> int:
         There are pairs, and the table has another newest version, or got one meanwhile.
     """
     keyed = pairs.select("user_id", "item_id").distinct()
-    keyed = keyed.select(*_places(F.col("user_id"), user_blocks(store)), "user_id", "item_id")
-    found = keyed.limit(FEW_PAIRS + 1).toArrow()
-    if not len(found):
-        return version
-    places = {name: found.column(name).unique().to_pylist() for name in ("user_block", "user_key")}
-    _checked(store, version)
-    if len(found) <= FEW_PAIRS and len(places["user_key"]) <= FEW_KEYS:
-        condition = " AND ".join(one_of(name, values) for name, values in places.items())
-        among = _among(found.column("user_id"), found.column("item_id"))
-        store.delete(TABLE, condition, ("user_id", "item_id"), among)
-    else:
-        near, n_pairs = _near(keyed, "t.")
-        clauses = ["WHEN MATCHED THEN DELETE"]
-        store.merge(TABLE, _hinted(keyed, n_pairs), _pair_condition(near), clauses)
-    return _checked(store, version, version + 1)
+    block = _places(F.col("user_id"), user_blocks(store))[0]
+    keyed = keyed.select(block, "user_id", "item_id").persist()
+    try:
+        counts = keyed.groupBy("user_block").count().collect()
+        for blocks in _batches({row["user_block"]: row["count"] for row in counts}):
+            found = keyed.where(one_of("user_block", blocks)).toArrow()
+            among = _among(found.column("user_id"), found.column("item_id"))
+            _checked(store, version)
+            condition = one_of("user_block", blocks)
+            store.delete(TABLE, condition, ("user_id", "item_id"), among)
+            version = _checked(store, version, version + 1)
+    finally:
+        keyed.unpersist()
+    return version
+
+
+def _batches(counts: Mapping[int, int]) -> Iterator[list[int]]:
+    """Blocks with `counts` pairs each, of `MOST_PAIRS` together or a single one."""
+    batch: list[int] = []
+    for block in sorted(counts):
+        if batch and sum(counts[b] for b in batch) + counts[block] > MOST_PAIRS:
+            yield batch
+            batch = []
+        batch.append(block)
+    if batch:
+        yield batch
 
 
 def _checked(store: Store, *expected: int) -> int:
@@ -265,11 +275,18 @@ def _among(
     return is_among
 
 
-def _pair_condition(near: str | None) -> str:
-    """Column names and block and key numbers only: Delta writes this text into the log."""
+def _pair_condition(blocks: Sequence[int] | None) -> str:
+    """SQL for: a row t of the table is that of a pair s, in one of these blocks (None: any).
+
+    Delta writes this text into the log: column names, and numbers of blocks. Those as ranges of
+    keys, because two merges into different partitions would go on side by side.
+    """
     names = ("user_block", "user_key", "user_id", "item_id")
     condition = " AND ".join(f"t.{name} = s.{name}" for name in names)
-    return condition if near is None else f"{condition} AND ({near})"
+    if blocks is None:
+        return condition
+    ranges = [f"t.user_key BETWEEN {b * USER_KEYS} AND {(b + 1) * USER_KEYS - 1}" for b in blocks]
+    return f"{condition} AND ({' OR '.join(ranges)})"
 
 
 # --- ingesting ------------------------------------------------------------------------------
@@ -354,16 +371,13 @@ def _upsert(
         if changes.count() == 0:
             return 0, version
         updated = ("rating", "rated_at", "ingest_id")
-        # No condition on blocks, which are partitions: two ingests must not go on side by side, or
-        # both would have one number.
-        keys = _few(changes, "user_key")[0]["user_key"]
-        near = None if keys is None else one_of("t.user_key", keys)
+        changed_blocks = _few(changes, "user_block")[0]["user_block"]
         _checked(store, version)
         # A merge even where all pairs are new: a blind append would not see a concurrent ingest.
         written = store.merge(
             TABLE,
             changes,
-            _pair_condition(near),
+            _pair_condition(changed_blocks),
             [
                 f"WHEN MATCHED AND {_beats('s.', 't.')} THEN UPDATE SET "
                 + ", ".join(f"t.{name} = s.{name}" for name in updated),
@@ -450,14 +464,14 @@ def _hinted(rows: DataFrame, n_rows: int) -> DataFrame:
     return F.broadcast(rows) if n_rows <= BROADCAST_ROWS else rows
 
 
-def _near(rows: DataFrame, prefix: str = "") -> tuple[str | None, int]:
+def _near(rows: DataFrame) -> tuple[str | None, int]:
     """An SQL condition by which blocks and pages without the users of these rows are skipped, and
     how many rows they are. No condition where it would skip little."""
     terms = []
     few, n_rows = _few(rows, "user_block", "user_key")
     for column, found in few.items():
         if found is not None:
-            terms.append(one_of(f"{prefix}{column}", found))
+            terms.append(one_of(column, found))
     return " AND ".join(terms) or None, n_rows
 
 

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from unlearn_spark.tables.models import ModelVersion
     from unlearn_spark.tables.store import Store
 
-LARGE_SHARE, LARGE_CHANGES = 0.05, 250_000
-"""A night that changes so many ratings, and this share of all, sweeps everything at once: to put
-the changes into the ledger would take longer than to encode the ratings anew."""
-
 FEW_USERS = 128
 """The ratings of so many users are a small part of all, and are found without reading the rest."""
 
@@ -126,11 +122,6 @@ class Changes:
             "ratings_removed": self.n_removed,
             "ratings_added": self.n_added,
         }
-
-    def are_large(self, n_ratings: int) -> bool:
-        """Is sweeping everything the quicker way for a model of so many ratings?"""
-        n_changes = self.n_removed + self.n_added
-        return n_changes >= max(LARGE_CHANGES, LARGE_SHARE * n_ratings)
 
 
 def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:

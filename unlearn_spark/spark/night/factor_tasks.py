@@ -33,7 +33,7 @@ def _tables_by_side(table: pa.Table) -> dict[str, pa.Table]:
 
 
 _BINARY_COLUMNS = ", ".join(f"{name} binary" for name in COLUMNS)
-STOCK = "side string, page int, slots binary, factors binary"
+FACTOR_PAGES = "side string, page int, slots binary, factors binary"
 """Factors of rows of a page, a few rows at a time."""
 
 NEEDED = "side string, page int, key int, slots binary"
@@ -139,7 +139,7 @@ def _solved_of(row: dict[str, Any], rank: int) -> tuple[NDArray[np.int32], NDArr
 def packer(
     rank: int, paging: Paging
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """Factor rows (side, slot, factors) as `STOCK`."""
+    """Factor rows (side, slot, factors) as `FACTOR_PAGES`."""
 
     def pack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         for batch in batches:
@@ -147,7 +147,7 @@ def packer(
                 slots, factors = rows["slot"].to_numpy(), matrix_of(rows["factors"], rank)
                 for page, mine in paging.split(side, slots):
                     packed = _stock_rows({"side": side, "page": page}, slots[mine], factors[mine])
-                    yield from _table_of(STOCK, list(packed)).to_batches()
+                    yield from _table_of(FACTOR_PAGES, list(packed)).to_batches()
 
     return pack
 

@@ -34,6 +34,10 @@ PAGES = f"side string, page int, {_BINARY_COLUMNS}, ids binary, summary binary"
 
 _IDS = pa.schema([("id", pa.string())])
 
+KINDS = ("entry", "touched", "change")
+"""Of rows that a page is made of: ledger entries of the published model, rows whose ratings change
+tonight, and changes of ratings since the chunks were packed."""
+
 ENTRIES = (
     "side string, id string, block int, slot int, chunk int, n_ratings int, gradient_norm double, "
     "b_norm double, factor_norm double"
@@ -43,7 +47,7 @@ ENTRIES_AT_A_TIME = 10_000
 
 
 @dataclass(frozen=True)
-class Levels:
+class Thresholds:
     """What rows are chosen by: blocks of each side, tau and the mark, and the floor of each side's
     residuals."""
 
@@ -61,20 +65,20 @@ class Levels:
         return page.summary(self.n_blocks[side], self.tau, self.mark, self.floors[side])
 
 
-def _page_row(side: str, number: int, page: Page, ids: Any, levels: Levels) -> dict[str, Any]:
+def _page_row(
+    side: str, number: int, page: Page, ids: Any, thresholds: Thresholds
+) -> dict[str, Any]:
     """A row of `PAGES`."""
-    summary = pickle.dumps(levels.summary(page, side))
+    summary = pickle.dumps(thresholds.summary(page, side))
     return {"side": side, "page": number, **page.to_binary(), "ids": ids, "summary": summary}
 
 
 def _opened_page(state: pa.Table) -> tuple[Page, pa.Buffer]:
-    """A page and its `ids`, from the entries, touched rows and changes of one side, told apart by
-    what they lack."""
-    is_change = state["other_slot"].is_valid()
-    changes = state.filter(is_change)
-    rows = state.filter(pa.compute.invert(is_change))
-    is_stored = rows["gradient_norm"].is_valid()
-    stored, touched = rows.filter(is_stored), rows.filter(pa.compute.invert(is_stored))
+    """A page and its `ids`, from the entries, touched rows and changes of one side (`KINDS`)."""
+    stored, touched, changes = (
+        state.filter(pa.compute.equal(state["kind"], kind)) for kind in KINDS
+    )
+    rows = pa.concat_tables([stored, touched])
     numbers = ("n_ratings", "gradient_norm", "b_norm", "factor_norm")
     page = Page.opened(
         {
@@ -160,7 +164,7 @@ def change_need_finder(paging: Paging) -> Callable[[pa.Table], pa.Table]:
 
 
 def page_opener(
-    solver: Solver, tonight: int, drifts: dict[str, float], force: bool, levels: Levels
+    solver: Solver, tonight: int, drifts: dict[str, float], force: bool, thresholds: Thresholds
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
     """A page's entries, touched rows and changes and the factors that these need (`MESSAGES`) as
     `PAGES`, with tonight's changes pushed."""
@@ -178,14 +182,14 @@ def page_opener(
             other = other_side(side)
             pushes = _pushes_of(page, tonight, known[side], known[other], solver.objective)
             page = page.pushed(*pushes, drifts[other], force)
-            made.append(_page_row(side, state["page"][0].as_py(), page, ids, levels))
+            made.append(_page_row(side, state["page"][0].as_py(), page, ids, thresholds))
         return _table_of(PAGES, made)
 
     return make
 
 
 def result_taker(
-    drifts: dict[str, float], again: bool, levels: Levels
+    drifts: dict[str, float], again: bool, thresholds: Thresholds
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
     """The pages after a round, from those before and its `RESULTS`."""
 
@@ -196,7 +200,7 @@ def result_taker(
             side = row["side"]
             page = Page.from_binary(row)
             page = _page_after(page, results[side], drifts[other_side(side)], again)
-            made.append(_page_row(side, row["page"], page, row["ids"], levels))
+            made.append(_page_row(side, row["page"], page, row["ids"], thresholds))
         return _table_of(PAGES, made)
 
     return take

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from unlearn_spark.core.blocks import SIDES, RatingBlock, raw
 from unlearn_spark.core.ledger_page import COLUMNS, Page, Paging
-from unlearn_spark.core.patch import PatchSide, SettledSide, settle
+from unlearn_spark.core.patch import PatchResult, PatchSide, solve_patch
 from unlearn_spark.spark.arrow import _mapped, _table_of, arrays_of
 from unlearn_spark.spark.night.factor_tasks import _BINARY_COLUMNS, _by_side, _known_rows
-from unlearn_spark.spark.night.page_tasks import Levels
+from unlearn_spark.spark.night.page_tasks import Thresholds
 
 if TYPE_CHECKING:
     from unlearn_spark.core.solver import Solver
@@ -31,24 +31,24 @@ RESULTS = (
     "factor_norm binary, solved binary, push_slots binary, push_gradient binary, push_b binary, "
     "gram_change binary, solved_rows long, solved_ratings long, scanned_ratings long"
 )
-"""`patch.SettledSide` by page; its totals stand on the first row of each part and side."""
+"""`patch.PatchResult` by page; its totals stand on the first row of each part and side."""
 
 TOTALS = ("side", "gram_change", "solved_rows", "solved_ratings", "scanned_ratings")
 
 
 def chunk_finder(
-    patch: dict[str, str], levels: Levels
+    patch: dict[str, str], thresholds: Thresholds
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """From pages of the ledger the chunks (`WANTED`) that have chosen rows."""
 
     def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         side, page = row["side"], Page.from_binary(row)
-        chosen = levels.chosen(page, side, patch[side]) & (page.chunks >= 0)
+        chosen = thresholds.chosen(page, side, patch[side]) & (page.chunks >= 0)
         slots, chunks = page.slots[chosen], page.chunks[chosen]
         for chunk in np.unique(chunks).tolist():
             yield {
                 "side": side,
-                "block": chunk % levels.n_blocks[side],
+                "block": chunk % thresholds.n_blocks[side],
                 "chunk": chunk,
                 "wanted": raw(slots[chunks == chunk], np.int32),
             }
@@ -57,13 +57,13 @@ def chunk_finder(
 
 
 def entry_finder(
-    patch: dict[str, str], levels: Levels, keys: tuple[int, ...]
+    patch: dict[str, str], thresholds: Thresholds, keys: tuple[int, ...]
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """From pages of the ledger the chosen rows (`LOADED`) by part."""
 
     def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         side, page = row["side"], Page.from_binary(row)
-        chosen = levels.chosen(page, side, patch[side])
+        chosen = thresholds.chosen(page, side, patch[side])
         for part, mine in page.of(chosen).split(len(keys)):
             no_ratings = dict.fromkeys(("counts", "others", "values"))
             yield {"key": keys[part], "side": side, **no_ratings, **mine.to_binary()}
@@ -90,9 +90,9 @@ def wanted_keeper(
     return _mapped(pieces, LOADED)
 
 
-def settler(
+def patch_solver(
     solver: Solver,
-    levels: Levels,
+    thresholds: Thresholds,
     grams: dict[str, NDArray[np.float64]],
     spare: float,
     eager: Container[str],
@@ -106,11 +106,11 @@ def settler(
         loaded, messages = _by_side(arrays_of(left)), _by_side(arrays_of(right))
         sides = {
             side: _patch_side(
-                loaded[side], messages[side], solver.rank, levels.floors[side], side in eager
+                loaded[side], messages[side], solver.rank, thresholds.floors[side], side in eager
             )
             for side in SIDES
         }
-        settled = settle(solver, sides, levels.tau, levels.mark, grams, spare)
+        settled = solve_patch(solver, sides, thresholds.tau, thresholds.mark, grams, spare)
         rows = [row for side in SIDES for row in _result_rows(side, settled[side], paging)]
         return _table_of(RESULTS, rows)
 
@@ -138,7 +138,7 @@ def _patch_side(
     return PatchSide(*_known_rows(messages, rank), block, forced, floor, eager)
 
 
-def _result_rows(side: str, settled: SettledSide, paging: Paging) -> Iterator[dict[str, Any]]:
+def _result_rows(side: str, settled: PatchResult, paging: Paging) -> Iterator[dict[str, Any]]:
     """Rows of `RESULTS`."""
     totals: dict[str, Any] = {
         "gram_change": raw(settled.gram_change, np.float64),

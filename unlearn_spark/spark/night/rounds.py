@@ -1,20 +1,11 @@
-"""The frontier loop: re-solve what a change disturbed, then what that disturbed, until quiet.
+"""Rounds of the frontier loop on Spark.
 
-    changes --push--> ledger --rows over tau--> patch: re-solve --push--> ledger outside of it
-                        ^                                                        |
-                        +--------------------------------------------------------+
-
-Every factor row carries an upper bound of its residual. When no bound exceeds tau, every row of
-both sides solves its retained ratings' equations to tau, and nothing else has to be read to know
-it. The idea of starting from the trained factors is Unlearn-ALS (Xu et al. 2023, arXiv
-2302.06676); the bounds make it local.
-
-On Spark the ledger and the factors are pages (`pages.Page`), packed into a few binary rows each. A
+The ledger and the factors are pages (`ledger_page.Page`), packed into a few binary rows each. A
 round is two jobs and a look at scalars: one loads what the patch needs and settles it,
 
     ledger pages --asks--> rating chunks, changes --by part--> ratings --needs, by page--> factors
                                                                   |                           |
-                                                                  +------> settled <--by part-+
+                                                                  +------> solved <---by part-+
 
 and one takes the results, by page, into the ledger.
 """
@@ -22,7 +13,7 @@ and one takes the results, by page, into the ledger.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -35,20 +26,25 @@ from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.core.bounds import drift
 from unlearn_spark.core.layout import TASK_RATINGS
 from unlearn_spark.core.ledger_page import NOTHING, PAGE_ROWS, Paging, Summary
-from unlearn_spark.core.rounds import (
-    LAZY_ROUNDS,
-    MOST_SWEEPS,
-    PATCH_RATINGS,
-    SHARE_OF_TRAINING,
-    TOGETHER_RATINGS,
-    Work,
-)
+from unlearn_spark.core.rounds import Work, looks_again
 from unlearn_spark.spark.frames import materialise
-from unlearn_spark.spark.night import factor_tasks as exchange
+from unlearn_spark.spark.night.factor_tasks import (
+    ASKED,
+    FACTOR_PAGES,
+    MESSAGES,
+    MOVED,
+    NEEDED,
+    fetcher,
+    moved_unpacker,
+    need_finder,
+    need_unpacker,
+    packer,
+)
 from unlearn_spark.spark.night.page_tasks import (
     ENTRIES,
+    KINDS,
     PAGES,
-    Levels,
+    Thresholds,
     change_need_finder,
     entry_unpacker,
     page_opener,
@@ -61,18 +57,19 @@ from unlearn_spark.spark.night.patch_tasks import (
     WANTED,
     chunk_finder,
     entry_finder,
-    settler,
+    patch_solver,
     wanted_keeper,
 )
 from unlearn_spark.spark.placement import balanced_keys, part_key
-from unlearn_spark.tables.sql import in_blocks_of_sides, one_of
+from unlearn_spark.tables.sql import one_of
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
     from pyspark.sql.group import GroupedData
 
-    from unlearn_spark.config import ExecutionSettings, ResolvedUnlearn
+    from unlearn_spark.config import ExecutionSettings
     from unlearn_spark.core.solver import Solver
+    from unlearn_spark.spark.night.changed_model import ChangedModel
 
 
 MOST_RESULTS = 8
@@ -82,98 +79,163 @@ FEW_SHARE = 0.25
 """A patch with fewer ratings than this share of all rows picks the factors that it needs where they
 are read; for more, all are packed, and kept for the rounds to come."""
 
-SPARE_SHARE, SPARE_RATINGS = 0.02, 10_000
-"""What a patch may solve again and again within a round: this share of a sweep's ratings, or so
-many where that is more."""
 
+@dataclass(frozen=True)
+class Placing:
+    """Where the rows of a night lie on Spark: which page a block belongs to, and its task."""
 
-@dataclass
-class Frontier:
-    """The state of one night, and the steps that change it.
-
-    Attributes
-    ----------
-    solver
-        Objective, rank and precision.
-    rows
-        By side: slot, factors - as published, also of rows that left, and new rows. Read when they
-        are needed.
-    chunks
-        Packed ratings of both sides (`encoding.CHUNK_SCHEMA`).
-    n_blocks
-        By side.
-    floors
-        By side what residuals are relative to at least.
-    training_sweeps
-        Sweeps that the model's training took; 0 where that is not known.
-    pages
-        The ledger of both sides (`PAGES`); after every step true bounds.
-    near
-        By side the blocks whose entries `pages` has; None: all.
-    ledger, touched, changes
-        Of the published model; the rows whose ratings change tonight; all changes since the ratings
-        were packed.
-    stock
-        The factors of `rows` (`exchange.STOCK`), from the first round on that needs many of them.
-    results
-        Of each round (`RESULTS`), oldest first.
-    """
-
-    solver: Solver
-    rows: dict[str, DataFrame]
-    chunks: DataFrame
-    settings: ResolvedUnlearn
-    execution: ExecutionSettings
+    rank: int
     parallelism: int
-    n_blocks: dict[str, int]
-    floors: dict[str, float]
-    work: Work
-    progress: Callable[[str], None] = lambda message: None
-    training_sweeps: int = 0
-    grams: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    rounds: int = 0
-    pages: DataFrame = field(init=False)
-    near: Mapping[str, Collection[int]] | None = field(init=False, default=None)
-    stock: DataFrame | None = field(init=False, default=None)
-    ledger: DataFrame = field(init=False)
-    touched: DataFrame = field(init=False)
-    changes: DataFrame = field(init=False)
-    results: list[DataFrame] = field(init=False, default_factory=list)
+    paging: Paging
 
-    def __post_init__(self) -> None:
-        n_pages = self._whole_waves(-(-max(1, self.work.rows) // PAGE_ROWS))
-        self.paging = Paging(balanced_keys(n_pages), self.n_blocks)
-
-    def _whole_waves(self, n_tasks: int) -> int:
-        """At least so many tasks, and such a number that none of many waits for a last few."""
-        if n_tasks <= self.parallelism:
-            return n_tasks
-        return -(-n_tasks // self.parallelism) * self.parallelism
+    @classmethod
+    def of(cls, rank: int, parallelism: int, n_rows: int, n_blocks: Mapping[str, int]) -> Placing:
+        """For a model of so many rows of both sides."""
+        n_pages = whole_waves(-(-max(1, n_rows) // PAGE_ROWS), parallelism)
+        return cls(rank, parallelism, Paging(balanced_keys(n_pages), n_blocks))
 
     @property
-    def mark(self) -> float:
-        """The residual over which rows of a patch are solved.
-
-        In implicit mode every move disturbs every row through the Gram matrix, so that to solve a
-        row early, for the sake of later rounds, makes the more work for the others.
-        """
-        return self.settings.tau if self.solver.objective.implicit_prefs else self.settings.mark
-
-    @property
-    def _page(self) -> Column:
-        """The key of the page that a block lies in."""
+    def page(self) -> Column:
+        """The key of the page that a `block` lies in."""
         return F.expr(part_key("block", self.paging.keys)).alias("page")
 
-    def _by_page(self, frame: DataFrame) -> GroupedData:
+    def by_page(self, frame: DataFrame) -> GroupedData:
         """Rows that have a `page`, grouped by it, a task for each page.
 
         With the session's number of partitions several would meet in one, while others stay empty.
         """
         return frame.repartition(len(self.paging.keys), "page").groupBy("page")
 
-    @property
-    def _levels(self) -> Levels:
-        return Levels(self.n_blocks, self.settings.tau, self.mark, self.floors)
+    def packed(self, rows: DataFrame) -> DataFrame:
+        """Factor rows (side, slot, factors) as `FACTOR_PAGES`."""
+        pack = packer(self.rank, self.paging)
+        return rows.select("side", "slot", "factors").mapInArrow(pack, FACTOR_PAGES)
+
+    def fetched(self, needed: DataFrame, factor_pages: DataFrame) -> DataFrame:
+        """Factors (`MESSAGES`) of needed rows (`NEEDED`) from pages of factors, which may have
+        `solved` and `round` of the results of rounds."""
+        return (
+            self.by_page(needed)
+            .cogroup(self.by_page(factor_pages))
+            .applyInArrow(fetcher(self.rank), MESSAGES)
+        )
+
+
+def whole_waves(n_tasks: int, parallelism: int) -> int:
+    """At least so many tasks, and such a number that none of many waits for a last few."""
+    if n_tasks <= parallelism:
+        return n_tasks
+    return -(-n_tasks // parallelism) * parallelism
+
+
+def open_ledger(
+    placing: Placing,
+    solver: Solver,
+    thresholds: Thresholds,
+    ledger: DataFrame,
+    touched: Mapping[str, DataFrame],
+    earlier: DataFrame,
+    news: DataFrame,
+    tonight: int,
+    gram_changes: Mapping[str, NDArray[np.float64]],
+    *,
+    force: bool,
+    checkpoint: str,
+) -> DataFrame:
+    """Pages (`PAGES`) of the published ledger with tonight's ratings put into it.
+
+    Parameters
+    ----------
+    ledger
+        side, id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm: one entry for
+        every row of the published model.
+    touched
+        By side: id, block, slot, n_ratings, factors of rows whose ratings changed, new ones among
+        them, as they are now; of those that left the factors that they had.
+    earlier, news
+        side, block, slot, other_slot, value, change (-1 removed, +1 added), model_version: changes
+        since the chunks were packed, and tonight's.
+    tonight
+        The `model_version` of tonight's changes.
+    gram_changes
+        By side: float64 (rank, rank) change of its Gram matrix because rows left or came; empty in
+        explicit mode.
+    force
+        Rows that tonight's ratings belong to must be solved.
+    checkpoint
+        `execution.checkpoint`: how the pages are kept.
+    """
+    drifts = {side: drift(gram_changes[side]) if gram_changes else 0.0 for side in SIDES}
+    # Ids of the two sides may be of different types; the ledger has them as strings.
+    text = F.col("id").cast("string")
+    of_both = _sides({side: rows.withColumn("id", text) for side, rows in touched.items()})
+    place, counted = ("side", placing.page, "slot"), ("id", "n_ratings")
+    norms = ("gradient_norm", "b_norm", "factor_norm")
+    changed = ("other_slot", "value", "change", "model_version")
+    parts = (
+        ledger.select(*place, *counted, "chunk", *norms),
+        of_both.select(*place, *counted),
+        earlier.unionByName(news).select(*place, *changed),
+    )
+    state = _union(
+        [rows.withColumn("kind", F.lit(kind)) for kind, rows in zip(KINDS, parts, strict=True)]
+    )
+    needed = placing.by_page(news.select(*place, "other_slot")).applyInArrow(
+        change_need_finder(placing.paging), NEEDED
+    )
+    messages = placing.fetched(needed, _as_results(placing.packed(of_both)))
+    opener = page_opener(solver, tonight, drifts, force, thresholds)
+    pages = (
+        placing.by_page(state)
+        .cogroup(messages.repartition(len(placing.paging.keys), "key").groupBy("key"))
+        .applyInArrow(opener, PAGES)
+    )
+    return materialise(pages, checkpoint)
+
+
+@dataclass
+class Frontier:
+    """A night's rounds: pages of the ledger, and what re-solves the rows over tau.
+
+    Attributes
+    ----------
+    solver
+        Objective, rank and precision.
+    placing
+    thresholds
+        What rows are chosen by.
+    rows
+        By side: slot, factors - as published, also of rows that left, and new rows. Read when they
+        are needed.
+    chunks
+        Packed ratings of both sides (`encoding.CHUNK_SCHEMA`).
+    pages
+        The ledger of both sides (`PAGES`); after every round true bounds.
+    execution
+    work
+        Arithmetic done.
+    grams
+        By side its Gram matrix as it is now; empty in explicit mode.
+    rounds
+        How many were done.
+    factor_pages
+        The factors of `rows` (`FACTOR_PAGES`), from the first round on that needs many of them.
+    results
+        Of each round (`RESULTS`), oldest first.
+    """
+
+    solver: Solver
+    placing: Placing
+    thresholds: Thresholds
+    rows: dict[str, DataFrame]
+    chunks: DataFrame
+    pages: DataFrame
+    execution: ExecutionSettings
+    work: Work
+    grams: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    rounds: int = 0
+    factor_pages: DataFrame | None = None
+    results: list[DataFrame] = field(default_factory=list)
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -187,10 +249,10 @@ class Frontier:
         moved = (
             self._all_results()
             .where(F.col("side") == side)
-            .mapInArrow(exchange.moved_unpacker(self.solver.rank), exchange.MOVED)
+            .mapInArrow(moved_unpacker(self.solver.rank), MOVED)
         )
         if not few:
-            moved = moved.repartition(len(self.paging.keys), "slot")
+            moved = moved.repartition(len(self.placing.paging.keys), "slot")
         newer = moved.groupBy("slot").agg(F.max_by("factors", "round").alias("newer"))
         return (
             rows.join(F.broadcast(newer) if few else newer, "slot", "left")
@@ -201,7 +263,7 @@ class Frontier:
     def entries(self) -> DataFrame:
         """The ledger of both sides as rows (`ENTRIES`), by block and slot; all of a block
         lie in one partition."""
-        return self.pages.mapInArrow(entry_unpacker(self.n_blocks), ENTRIES)
+        return self.pages.mapInArrow(entry_unpacker(self.thresholds.n_blocks), ENTRIES)
 
     def ratings_of(
         self,
@@ -222,15 +284,15 @@ class Frontier:
             other is read.
         """
         chosen, of = self.pages.where(F.col("side").isin(list(patch))), dict(patch)
-        levels = self._levels
-        wanted = chosen.mapInArrow(chunk_finder(of, levels), WANTED)
-        rows = chosen.mapInArrow(entry_finder(of, levels, keys), LOADED)
-        near = [
+        thresholds = self.thresholds
+        wanted = chosen.mapInArrow(chunk_finder(of, thresholds), WANTED)
+        rows = chosen.mapInArrow(entry_finder(of, thresholds, keys), LOADED)
+        stored_of = [
             self.chunks.where(F.col("side") == side).where(self._in_chunks(side, chunks.get(side)))
             for side in patch
         ]
         stored = (
-            _union(near)
+            _union(stored_of)
             .join(F.broadcast(wanted), ["side", "block", "chunk"])
             .select("side", "wanted", "slots", "counts", "others", "values")
             .mapInArrow(wanted_keeper(keys), LOADED)
@@ -244,7 +306,7 @@ class Frontier:
             return F.lit(True)
         by_block: dict[int, list[int]] = {}
         for chunk in sorted(chunks):
-            by_block.setdefault(chunk % self.n_blocks[side], []).append(chunk)
+            by_block.setdefault(chunk % self.thresholds.n_blocks[side], []).append(chunk)
         here = [
             f"(block = {block} AND {one_of('chunk', found)})" for block, found in by_block.items()
         ]
@@ -252,113 +314,10 @@ class Frontier:
 
     # --- steps -------------------------------------------------------------------------------
 
-    def open(
-        self,
-        ledger: DataFrame,
-        touched: Mapping[str, DataFrame],
-        earlier: DataFrame,
-        news: DataFrame,
-        tonight: int,
-        gram_changes: Mapping[str, NDArray[np.float64] | None],
-        near: Mapping[str, Collection[int]] | None = None,
-    ) -> None:
-        """Make the pages from the published ledger, and put tonight's ratings into it.
-
-        Parameters
-        ----------
-        ledger
-            side, id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm: one entry
-            for every row of the published model.
-        touched
-            By side: id, block, slot, n_ratings, factors of rows whose ratings changed, new ones
-            among them, as they are now; of those that left the factors that they had.
-        earlier, news
-            side, block, slot, other_slot, value, change (-1 removed, +1 added), model_version:
-            changes since the chunks were packed, and tonight's.
-        tonight
-            The `model_version` of tonight's changes.
-        gram_changes
-            By side: float64 (rank, rank) change of its Gram matrix because rows left or came;
-            None in explicit mode.
-        near
-            By side the blocks of these rows, where the other blocks need not be opened before a
-            round starts: none of their bounds exceeds tau, and no Gram matrix changed.
-        """
-        drifts = {s: drift(m) if m is not None else 0.0 for s, m in gram_changes.items()}
-        needed = self._by_page(news.select("side", self._page, "slot", "other_slot")).applyInArrow(
-            change_need_finder(self.paging), exchange.NEEDED
-        )
-        force = self.settings.direct_rows == "resolve"
-        opener = page_opener(self.solver, tonight, drifts, force, self._levels)
-        # Ids of the two sides may be of different types; the ledger has them as strings.
-        named = {
-            side: rows.withColumn("id", F.col("id").cast("string"))
-            for side, rows in touched.items()
-        }
-        self.ledger, self.touched = ledger, _sides(named)
-        self.changes = earlier.unionByName(news)
-        self.near = near
-        messages = self._fetched(needed, self._packed(self.touched))
-        self.pages = self._checkpoint(
-            self._by_page(self._states(_in_blocks(near)))
-            .cogroup(messages.repartition(len(self.paging.keys), "key").groupBy("key"))
-            .applyInArrow(opener, PAGES)
-        )
-        for side, change in gram_changes.items():
-            if change is not None:
-                self.grams[side] = change + self.grams[side]
-
-    def _open_the_others(self) -> None:
-        """Add the entries of the blocks that were left closed. Tonight's ratings are not theirs."""
-        opener = page_opener(self.solver, 0, dict.fromkeys(SIDES, 0.0), False, self._levels)
-        others = self._by_page(self._states(~_in_blocks(self.near))).applyInArrow(
-            lambda state: opener(state, exchange.NO_MESSAGES), PAGES
-        )
-        self.near = None
-        self.pages = self.pages.unionByName(self._checkpoint(others))
-
-    def _states(self, where: Column) -> DataFrame:
-        """Entries, touched rows and changes in some blocks, by page; they are told apart by what
-        they lack."""
-        place = ("side", self._page, "slot")
-        counted = ("id", "n_ratings")
-        norms = ("gradient_norm", "b_norm", "factor_norm")
-        changed = ("other_slot", "value", "change", "model_version")
-        return _union(
-            [
-                self.ledger.where(where).select(*place, *counted, "chunk", *norms),
-                self.touched.where(where).select(*place, *counted),
-                self.changes.where(where).select(*place, *changed),
-            ]
-        )
-
-    def run(self) -> dict[str, Summary] | None:
-        """Rounds until no bound exceeds tau; returns how the sides stand then, or None when the
-        loop is not the cheaper way."""
-        try:
-            return self._run(max(MOST_SWEEPS, SHARE_OF_TRAINING * self.training_sweeps))
-        finally:
-            if self.stock is not None:
-                self.stock.unpersist()
-
-    def _run(self, most_work: float) -> dict[str, Summary] | None:
-        while True:
-            state = self.summary()
-            over = {side: state[side].over for side in SIDES if state[side].over}
-            if not over:
-                return state
-            if self.near is not None:
-                self._open_the_others()
-                continue
-            if self.rounds >= self.settings.max_rounds or self.work.sweeps > most_work:
-                return None
-            self.resolve(self._patch(state), state, over)
-            rows = " and ".join(f"{n} {side}" for side, n in over.items())
-            worst = max(state[side].worst for side in SIDES)
-            self.progress(
-                f"round {self.rounds}: {rows} rows over tau, largest bound {worst:.1e}; "
-                f"{self.work.sweeps:.3f} sweeps so far"
-            )
+    def release(self) -> None:
+        """Drop the factors that rounds have kept."""
+        if self.factor_pages is not None:
+            self.factor_pages.unpersist()
 
     def summary(self) -> dict[str, Summary]:
         """How each side stands."""
@@ -366,29 +325,6 @@ class Frontier:
         for row in self.pages.select("side", "summary").collect():
             found[row["side"]] += pickle.loads(row["summary"])
         return found
-
-    def _patch(self, state: Mapping[str, Summary]) -> dict[str, str]:
-        """What the next round looks at.
-
-        As long as that is little, rows over the mark and what the round before looked at: rows of
-        the two sides that pull at each other are settled together. Else at first rows over tau
-        alone, later those over the mark, and where no single task can hold them those of one side,
-        spread over tasks.
-        """
-        over = [side for side in SIDES if state[side].over]
-        patch = {side: "either" if side in over else "looked" for side in SIDES}
-
-        def ratings(patch: Mapping[str, str]) -> int:
-            return sum(state[side].ratings[name] for side, name in patch.items())
-
-        if ratings(patch) > min(PATCH_RATINGS, self.execution.part_ratings):
-            name = "over" if self.rounds < LAZY_ROUNDS else "either"
-            patch = dict.fromkeys(over, name)
-        if ratings(patch) > min(TOGETHER_RATINGS, self.execution.part_ratings):
-            # The side with less to do first: its rows often quieten the other.
-            side = min(over, key=lambda name: state[name].ratings[patch[name]])
-            patch = {side: patch[side]}
-        return {side: name for side, name in patch.items() if state[side].ratings[name]}
 
     def resolve(
         self, patch: Mapping[str, str], state: Mapping[str, Summary], eager: Container[str]
@@ -402,7 +338,7 @@ class Frontier:
         self.rounds += 1
         ratings = sum(state[side].ratings[name] for side, name in patch.items())
         chunks = {side: state[side].chunks[name] for side, name in patch.items()}
-        result = self._settle(patch, ratings, chunks, eager)
+        result = self._solved(patch, ratings, chunks, eager)
         rank = self.solver.rank
         changes = {side: np.zeros((rank, rank)) for side in SIDES}
         for row in result.select(*TOTALS).where("gram_change IS NOT NULL").collect():
@@ -412,10 +348,12 @@ class Frontier:
         if self.solver.objective.implicit_prefs:
             self.grams = {side: self.grams[side] + changes[side] for side in SIDES}
             drifts = {side: drift(changes[side]) for side in SIDES}
-        taker = result_taker(drifts, ratings <= PATCH_RATINGS, self._levels)
+        taker = result_taker(drifts, looks_again(ratings), self.thresholds)
         news = result.drop("factors", *[name for name in TOTALS if name != "side"])
         self.pages = self._checkpoint(
-            self._by_page(self.pages).cogroup(self._by_page(news)).applyInArrow(taker, PAGES)
+            self.placing.by_page(self.pages)
+            .cogroup(self.placing.by_page(news))
+            .applyInArrow(taker, PAGES)
         )
         self.results.append(result.withColumn("round", F.lit(self.rounds)))
         if len(self.results) >= MOST_RESULTS:
@@ -426,39 +364,26 @@ class Frontier:
         wanted = ("side", "page", "slots", "factors", "solved", "round")
         return _union([frame.select(*wanted) for frame in self.results])
 
-    def _stock_for(self, needed: DataFrame, ratings: int) -> DataFrame:
-        """Factors (`exchange.STOCK`) of the needed rows (`exchange.NEEDED`) at least, of a patch of
-        so many ratings."""
-        if self.stock is not None:
-            return self.stock
+    def _factors_for(self, needed: DataFrame, ratings: int) -> DataFrame:
+        """Factors (`FACTOR_PAGES`) of the needed rows (`NEEDED`) at least, of a patch of so many
+        ratings."""
+        if self.factor_pages is not None:
+            return self.factor_pages
         rows = _sides(self.rows)
         if ratings <= FEW_SHARE * self.work.rows:
-            asked = needed.mapInArrow(exchange.need_unpacker, exchange.ASKED)
-            return self._packed(rows.join(F.broadcast(asked), ["side", "slot"], "left_semi"))
-        self.stock = self._packed(rows).persist()
-        return self.stock
+            asked = needed.mapInArrow(need_unpacker, ASKED)
+            return self.placing.packed(rows.join(F.broadcast(asked), ["side", "slot"], "left_semi"))
+        self.factor_pages = self.placing.packed(rows).persist()
+        return self.factor_pages
 
-    def _packed(self, rows: DataFrame) -> DataFrame:
-        """Factor rows (side, slot, factors) as `exchange.STOCK`."""
-        pack = exchange.packer(self.solver.rank, self.paging)
-        return rows.select("side", "slot", "factors").mapInArrow(pack, exchange.STOCK)
-
-    def _fetched(self, needed: DataFrame, stock: DataFrame) -> DataFrame:
-        """Factors as they are now (`exchange.MESSAGES`) of needed rows (`exchange.NEEDED`)."""
-        stock = stock.select(
-            *("side", "page", "slots", "factors"),
-            F.lit(None).cast("binary").alias("solved"),
-            F.lit(0).alias("round"),
-        )
+    def _fetched(self, needed: DataFrame, ratings: int) -> DataFrame:
+        """Factors as they are now (`MESSAGES`) of needed rows (`NEEDED`)."""
+        pages = _as_results(self._factors_for(needed, ratings))
         if self.results:
-            stock = stock.unionByName(self._all_results())
-        return (
-            self._by_page(needed)
-            .cogroup(self._by_page(stock))
-            .applyInArrow(exchange.fetcher(self.solver.rank), exchange.MESSAGES)
-        )
+            pages = pages.unionByName(self._all_results())
+        return self.placing.fetched(needed, pages)
 
-    def _settle(
+    def _solved(
         self,
         patch: Mapping[str, str],
         ratings: int,
@@ -468,27 +393,83 @@ class Frontier:
         """What became of a patch (`RESULTS`)."""
         n_parts = -(-ratings // self.execution.part_ratings)
         if len(patch) == 1:
-            n_parts = max(n_parts, min(self.parallelism, ratings // TASK_RATINGS), 1)
-            n_parts = self._whole_waves(n_parts)
+            n_parts = max(n_parts, min(self.placing.parallelism, ratings // TASK_RATINGS), 1)
+            n_parts = whole_waves(n_parts, self.placing.parallelism)
         keys = balanced_keys(n_parts)
-        spare = max(SPARE_RATINGS, SPARE_SHARE * 2 * self.work.ratings)
         parts = self.ratings_of(patch, keys, chunks).persist()
-        needed = parts.mapInArrow(exchange.need_finder(self.paging), exchange.NEEDED)
-        messages = self._fetched(needed, self._stock_for(needed, ratings))
-        settled = (
+        needed = parts.mapInArrow(need_finder(self.placing.paging), NEEDED)
+        messages = self._fetched(needed, ratings)
+        solved = (
             parts.groupBy("key")
             .cogroup(messages.repartition(len(keys), "key").groupBy("key"))
             .applyInArrow(
-                settler(self.solver, self._levels, self.grams, spare, eager, self.paging),
+                patch_solver(
+                    self.solver,
+                    self.thresholds,
+                    self.grams,
+                    self.work.spare,
+                    eager,
+                    self.placing.paging,
+                ),
                 RESULTS,
             )
         )
-        result = self._checkpoint(settled)
+        result = self._checkpoint(solved)
         parts.unpersist()
         return result
 
     def _checkpoint(self, frame: DataFrame) -> DataFrame:
         return materialise(frame, self.execution.checkpoint)
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A changed model after its rounds.
+
+    Attributes
+    ----------
+    frontier
+        Has the factors and ledger entries as they are now, and the work that was done.
+    end
+        How each side stands; None: the rounds gave up.
+    """
+
+    frontier: Frontier
+    end: Mapping[str, Summary] | None
+
+    @property
+    def is_done(self) -> bool:
+        """Is no bound over tau?"""
+        return self.end is not None
+
+    @property
+    def sides(self) -> Mapping[str, Summary]:
+        """How each side stands, where the rounds are done."""
+        assert self.end is not None
+        return self.end
+
+    @property
+    def worst(self) -> float:
+        """The largest bound."""
+        return max(side.worst for side in self.sides.values())
+
+    @property
+    def n_solved(self) -> dict[str, int]:
+        """By side the rows that were re-solved."""
+        return {side: found.solved for side, found in self.sides.items()}
+
+    @property
+    def solved_blocks(self) -> dict[str, frozenset[int]]:
+        """By side the blocks in which these lie."""
+        return {side: found.solved_blocks for side, found in self.sides.items()}
+
+    def factors(self, changed: ChangedModel) -> tuple[DataFrame, DataFrame]:
+        """User and item factors (id, factors) as they are now, of rows that have ratings."""
+        users, items = (
+            self.frontier.current(side, changed.present(side).select("id", "slot", "factors"))
+            for side in SIDES
+        )
+        return users, items
 
 
 def _sides(frames: Mapping[str, DataFrame]) -> DataFrame:
@@ -501,6 +482,10 @@ def _union(frames: Sequence[DataFrame]) -> DataFrame:
     return reduce(lambda left, right: left.unionByName(right, allowMissingColumns=True), frames)
 
 
-def _in_blocks(blocks: Mapping[str, Collection[int]] | None) -> Column:
-    """Is a row (side, block) in one of these? None: in any."""
-    return F.lit(True) if blocks is None else F.expr(in_blocks_of_sides(blocks))
+def _as_results(factor_pages: DataFrame) -> DataFrame:
+    """Pages of factors in the columns that results of rounds have as well."""
+    return factor_pages.select(
+        *("side", "page", "slots", "factors"),
+        F.lit(None).cast("binary").alias("solved"),
+        F.lit(0).alias("round"),
+    )

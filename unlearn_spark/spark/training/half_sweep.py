@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pyspark.sql import functions as F
 
 from unlearn_spark.core.blocks import chunk_numbers, raw
 from unlearn_spark.core.kernel import row_residuals
@@ -30,7 +31,6 @@ from unlearn_spark.core.solver import (
     solve_anchor,
 )
 from unlearn_spark.spark.arrow import arrays_of, binary_table, list_column, pieces_table
-from unlearn_spark.spark.placement import int_array, part_key
 from unlearn_spark.spark.training.local_parts import PartReader
 from unlearn_spark.spark.training.messages import FACTOR_SCHEMA
 
@@ -70,9 +70,6 @@ def deliver(
 ) -> DataFrame:
     """Messages for every part of a side, placed as its rating parts are.
 
-    In SQL, because both cores wait for this in every sweep: columns that are built one by one take
-    twice as long.
-
     Parameters
     ----------
     other
@@ -83,18 +80,19 @@ def deliver(
     stack
         The column of `own` that is sent as its factors.
     """
-    every = f"explode({int_array(to.keys)}) AS key"
-    messages = other.selectExpr(every, "false AS own", *FACTOR_KINDS)
+    keys = F.array(*map(F.lit, to.keys))
+    every = F.explode(keys).alias("key")
+    messages = other.select(every, F.lit(False).alias("own"), *FACTOR_KINDS)
     if own is not None:
-        mine = own.selectExpr(
-            f"{part_key('part', to.keys)} AS key",
-            "true AS own",
+        mine = own.select(
+            F.element_at(keys, F.col("part") % len(to.keys) + 1).alias("key"),
+            F.lit(True).alias("own"),
             "part",
             "slots",
-            f"{stack} AS factors",
-            "CAST(NULL AS binary) AS gram",
-            "0D AS scalar",
-            "0 AS missing",
+            F.col(stack).alias("factors"),
+            F.lit(None).cast("binary").alias("gram"),
+            F.lit(0.0).alias("scalar"),
+            F.lit(0).alias("missing"),
         )
         messages = messages.union(mine)
     return messages.repartition(to.n_places, "key")

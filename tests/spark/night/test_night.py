@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from unlearn_spark.spark.night import changes as changes_module
-from unlearn_spark.spark.night import rounds as frontier
+from unlearn_spark.core import rounds
+from unlearn_spark.core.rounds import Policy
+from unlearn_spark.spark.night.rounds import Frontier
 from unlearn_spark.tables import models, ratings, receipts
 
 TAU = 2e-2
@@ -152,7 +153,7 @@ def test_a_first_night_that_sweeps_everything(store, nights, tmp_path):
 
 @pytest.mark.slow
 def test_a_large_night_is_swept_at_once(store, nights, tmp_path, monkeypatch):
-    monkeypatch.setattr(changes_module, "LARGE_CHANGES", 100)
+    monkeypatch.setattr(rounds, "POLICY", Policy(large_changes=100))
     rows = list(data_set(8))
     trained(nights, tmp_path, rows)
     asked = [(f"m{n}", "user", f"u{n}", "", "", "") for n in range(5, 20)]
@@ -352,14 +353,14 @@ def test_large_patches_are_what_is_over_tau_and_keep_the_certificate(nights, tmp
         chosen.extend(patch.values())
         return original(self, patch, *arguments)
 
-    original = frontier.Frontier.resolve
-    monkeypatch.setattr(frontier.Frontier, "resolve", resolve)
-    monkeypatch.setattr(frontier, "PATCH_RATINGS", 100)
+    original = Frontier.resolve
+    monkeypatch.setattr(Frontier, "resolve", resolve)
+    monkeypatch.setattr(rounds, "POLICY", Policy(patch_ratings=100))
     trained(nights, tmp_path, list(data_set(6)))
     asked = [("q", "user", "u3", "", "", "")]
     nights("ingest_tombstones", "--input", requests(tmp_path / "t.csv", asked))
     night = nights("unlearn")
-    assert chosen[0] == "over"
+    assert chosen[0] == "over_tau"
     assert night["sweeps"] == 0
     assert night["max_residual"] <= TAU
     audit = nights("audit")

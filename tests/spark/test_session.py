@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from unlearn_spark.config import CHECKOUT
 from unlearn_spark.errors import UserError
 from unlearn_spark.spark import session
 
@@ -27,7 +27,7 @@ def test_a_users_options_of_the_jvm_come_after_the_products_own():
 
 
 def test_spark_submit_starts_its_jvm_with_the_same_options():
-    defaults = Path(session.__file__).parent.parent / "conf" / "spark-defaults.conf"
+    defaults = CHECKOUT / "conf" / "spark-defaults.conf"
     lines = [line.split(maxsplit=1) for line in defaults.read_text().splitlines()]
     conf = {line[0]: line[1] for line in lines if line[0] != "#"}
     assert conf["spark.driver.extraJavaOptions"].split() == list(session.JAVA_OPTIONS)

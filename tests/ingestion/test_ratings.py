@@ -8,6 +8,7 @@ reaches Delta's log; deletion and lookup by id touch just their rows.
 from __future__ import annotations
 
 import datetime as dt
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -263,19 +264,16 @@ def test_newest_rating_of_a_pair_wins_and_the_same_file_changes_nothing(store, t
 
 
 @pytest.mark.parametrize(
-    ("few_pairs", "broadcast_rows"),
-    [
-        (ratings.FEW_PAIRS, ratings.BROADCAST_ROWS),
-        (1, ratings.BROADCAST_ROWS),
-        pytest.param(0, 0, marks=pytest.mark.slow),
-    ],
-    ids=["few", "more", "many"],
+    ("most_pairs", "broadcast_rows"),
+    [(1, ratings.BROADCAST_ROWS), pytest.param(0, 0, marks=pytest.mark.slow)],
+    ids=["few", "many"],
 )
 def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
-    spark, store, tmp_path, monkeypatch, few_pairs, broadcast_rows
+    spark, store, tmp_path, monkeypatch, most_pairs, broadcast_rows
 ):
-    monkeypatch.setattr(ratings, "FEW_PAIRS", few_pairs)
+    monkeypatch.setattr(ratings, "MOST_PAIRS", most_pairs)
     monkeypatch.setattr(ratings, "BROADCAST_ROWS", broadcast_rows)
+    monkeypatch.setattr(ratings, "_choose_blocks", lambda n_ratings: 2)
     lines = [
         f"ZZUSER{u},ZZITEM{i},{1 + (u + i) % 5},{u * 100 + i}" for u in range(9) for i in (1, 2)
     ]
@@ -310,8 +308,10 @@ def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
     pairs = spark.createDataFrame(
         [("ZZUSER3", "ZZITEM1"), ("5", "2")], "user_id string, item_id string"
     )
-    assert ratings.delete(store, pairs, before) == before + 1
-    assert ratings.delete(store, pairs, before + 1) == before + 1, "nothing left to delete"
+    after = ratings.delete(store, pairs, before)
+    hit = pairs.selectExpr("pmod(xxhash64(user_id), 2) AS block").distinct().count()
+    assert after == before + hit, "a commit for each batch"
+    assert ratings.delete(store, pairs, after) == after, "nothing left to delete"
     with pytest.raises(ConflictError, match="ingested meanwhile"):
         ratings.delete(store, pairs, before)
     assert ratings.delete(store, pairs.limit(0), before) == before, "asks for nothing"
@@ -324,6 +324,14 @@ def test_text_ids_lookup_and_deletion_leave_no_id_in_the_log(
     assert '"add"' in log
     assert "ZZUSER" not in log
     assert "ZZITEM" not in log
+    # A few users share a key: predicates name blocks, as lists or as ranges of all their keys.
+    predicates = re.findall(r'"predicate":"(.*?)"(?:,|})', log)
+    numbers = {
+        int(n) for text in predicates for n in re.findall(r"user_key#\d+L? [<>]=? (\d+)", text)
+    }
+    assert predicates
+    assert not any("user_key" in text and " IN " in text for text in predicates)
+    assert numbers <= {0, 1023, 1024, 2047}
 
 
 IDS = {"integers": st.integers(0, 30), "texts": st.text(max_size=2)}
@@ -428,7 +436,7 @@ def test_of_two_ingests_side_by_side_one_fails(store, tmp_path, monkeypatch, fir
         ours = replace(ours, frame=at_the_gate(ours.frame))
     theirs = _csv(tmp_path, "theirs.csv", "2,10,4,100")
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(ingest, store, ours)
+        running = pool.submit(ingest_ratings, store, ours)
         try:
             while not reached.exists():
                 assert not running.done(), running.result()

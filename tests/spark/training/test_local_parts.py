@@ -9,7 +9,7 @@ import pytest
 from pyspark import SparkFiles
 
 from unlearn_spark.config import AlsSettings, ExecutionSettings
-from unlearn_spark.spark.training import training
+from unlearn_spark.spark.training import encoded
 from unlearn_spark.spark.training.sweeper import MOST_MISSED, Sweeper
 from unlearn_spark.spark.training.training import fit_factors
 
@@ -96,7 +96,7 @@ def test_parts_that_are_missing_are_sent_again(ratings, expected, lost):
 
 def test_ratings_are_sent_where_no_file_can_be_kept(ratings, expected, sent, monkeypatch):
     token = uuid.uuid4()
-    monkeypatch.setattr(training.uuid, "uuid4", lambda: token)
+    monkeypatch.setattr(encoded.uuid, "uuid4", lambda: token)
     in_the_way = Path(SparkFiles.getRootDirectory()) / f"unlearn-spark-{token.hex}"
     in_the_way.touch()  # instead of a directory
     result = fit(ratings)

@@ -122,20 +122,21 @@ def test_what_a_round_saw_replaces_bounds_and_is_remembered():
     solved = np.array([True, False])
     after = page.looked_at(page.slots[rows], norms, solved, again=True)
     assert after.gradient_norm[rows].tolist() == [0.1, 0.2]
-    assert np.flatnonzero(after.looked).tolist() == [2, 5]
+    assert np.flatnonzero(after.last_round).tolist() == [2, 5]
     assert np.flatnonzero(after.solved).tolist() == [5]
     later = after.looked_at(page.slots[:1], {n: v[:1] for n, v in norms.items()}, solved[1:], False)
-    assert not later.looked.any()
+    assert not later.last_round.any()
     assert np.flatnonzero(later.solved).tolist() == [5]
     bound = after.bound(FLOOR)
-    assert np.array_equal(after.chosen("either", 1e9, 1e9, FLOOR), after.looked)
-    assert np.array_equal(after.chosen("either", 0.5, 0.2, FLOOR), after.looked | (bound > 0.2))
-    over = after.chosen("over", 0.5, 0.2, FLOOR)
+    assert np.array_equal(after.chosen("candidates", 1e9, 1e9, FLOOR), after.last_round)
+    candidates = after.chosen("candidates", 0.5, 0.2, FLOOR)
+    assert np.array_equal(candidates, after.last_round | (bound > 0.2))
+    over = after.chosen("over_tau", 0.5, 0.2, FLOOR)
     assert np.array_equal(over, bound > 0.5)
     summary = after.summary(4, tau=0.5, mark=0.2, floor=FLOOR)
-    assert summary.ratings["over"] == page.n_ratings[over].sum()
+    assert summary.ratings["over_tau"] == page.n_ratings[over].sum()
     stored = over & (page.chunks >= 0)
-    assert summary.chunks["over"] == set(page.chunks[stored].tolist())
+    assert summary.chunks["over_tau"] == set(page.chunks[stored].tolist())
     assert summary.solved_blocks == {int(page.slots[5] % 4)}
 
 
@@ -154,11 +155,11 @@ def test_too_many_chunks_are_not_listed():
     stored = {"slots": slots, "chunks": chunks, "n_ratings": np.ones(n, np.int32)}
     stored |= {name: np.ones(n) for name in ("gradient_norm", "b_norm", "factor_norm")}
     page = Page.opened(stored, rows_of(), NO_CHANGES)
-    assert page.summary(1, 0.5, 0.5, 0.0).chunks["over"] is None
+    assert page.summary(1, 0.5, 0.5, 0.0).chunks["over_tau"] is None
     halves = [page.of(slots < n // 2), page.of(slots >= n // 2)]
     each = [half.summary(1, 0.5, 0.5, 0.0) for half in halves]
-    assert all(summary.chunks["over"] is not None for summary in each)
-    assert (each[0] + each[1]).chunks["over"] is None
+    assert all(summary.chunks["over_tau"] is not None for summary in each)
+    assert (each[0] + each[1]).chunks["over_tau"] is None
     assert set(each[0].ratings) == set(CHOICES)
 
 

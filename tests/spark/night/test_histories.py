@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from unlearn_spark.spark.night import changes
-from unlearn_spark.spark.night import rounds as frontier
+from unlearn_spark.core import rounds
+from unlearn_spark.core.rounds import Policy
 from unlearn_spark.tables import models, receipts
 from unlearn_spark.tables.store import Store
 
@@ -276,9 +276,8 @@ def test_nights_keep_what_remains_and_nothing_else(
     ways = {"rounds": 10**9, "at once": 1}
     for way, large in ways.items():
         with monkeypatch.context() as patch:
-            patch.setattr(changes, "LARGE_CHANGES", large)
-            patch.setattr(changes, "LARGE_SHARE", 0.0)
-            patch.setattr(frontier, "MOST_SWEEPS", 1e9)
+            policy = Policy(large_changes=large, large_share=0.0, most_sweeps=1e9)
+            patch.setattr(rounds, "POLICY", policy)
             copy = World(run_job, f"{world.root} {way}", tmp_path, sets, world.reference)
             shutil.copytree(world.root, copy.root)
             night = copy.job("unlearn", sets=["unlearn.max_rounds=200"])

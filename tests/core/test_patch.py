@@ -9,7 +9,7 @@ from unlearn_spark.core import bounds as ledger
 from unlearn_spark.core.blocks import SIDES, RatingBlock, other_side
 from unlearn_spark.core.kernel import row_residuals
 from unlearn_spark.core.objective import Objective, relative_residual
-from unlearn_spark.core.patch import PatchSide, places_among, settle
+from unlearn_spark.core.patch import PatchSide, places_among, solve_patch
 from unlearn_spark.core.solver import Solver
 
 SIZES = {"user": 12, "item": 8}
@@ -81,7 +81,7 @@ def test_what_a_patch_says_of_every_row_is_true(implicit, seed, users, items, tu
     grams = {side: ledger.gram(factors[side]) for side in SIDES} if implicit else {}
     before = {side: scan(dense, factors, objective, side) for side in SIDES}
     sides = patch_of(dense, factors, chosen)
-    settled = settle(Solver(objective, RANK, "float32"), sides, TAU, MARK, grams, spare, turns)
+    settled = solve_patch(Solver(objective, RANK, "float32"), sides, TAU, MARK, grams, spare, turns)
     moved = after(factors, settled)
     for side in SIDES:
         mine = settled[side]
@@ -113,7 +113,7 @@ def test_rows_that_only_have_each_other_settle_in_one_patch():
     dense[0, 0] = 5.0
     chosen = {side: np.arange(SIZES[side]) == 0 for side in SIDES}
     objective = Objective(0.05)
-    settled = settle(
+    settled = solve_patch(
         Solver(objective, RANK, "float32"), patch_of(dense, factors, chosen), TAU, MARK, {}
     )
     assert sum(settled[side].solved_rows for side in SIDES) > 50
@@ -127,11 +127,11 @@ def test_rows_under_the_mark_are_left_alone_unless_forced():
     dense, factors = problem(5)
     chosen = {"user": np.ones(SIZES["user"], np.bool_), "item": np.zeros(SIZES["item"], np.bool_)}
     solver = Solver(Objective(0.4), RANK, "float32")
-    once = settle(solver, patch_of(dense, factors, chosen), TAU, MARK, {})
+    once = solve_patch(solver, patch_of(dense, factors, chosen), TAU, MARK, {})
     sides = patch_of(dense, after(factors, once), chosen)
-    assert not settle(solver, sides, TAU, MARK, {})["user"].solved.any()
+    assert not solve_patch(solver, sides, TAU, MARK, {})["user"].solved.any()
     sides["user"].forced[2] = True
-    assert settle(solver, sides, TAU, MARK, {})["user"].solved.nonzero()[0].tolist() == [2]
+    assert solve_patch(solver, sides, TAU, MARK, {})["user"].solved.nonzero()[0].tolist() == [2]
 
 
 def test_a_rating_without_the_factors_of_its_row_is_refused():
@@ -141,7 +141,7 @@ def test_a_rating_without_the_factors_of_its_row_is_refused():
     chosen["item"][7] = False
     sides = patch_of(dense, factors, chosen, known)
     with pytest.raises(ValueError, match="rating blocks are damaged"):
-        settle(Solver(Objective(0.4), RANK, "float32"), sides, TAU, MARK, {})
+        solve_patch(Solver(Objective(0.4), RANK, "float32"), sides, TAU, MARK, {})
 
 
 @given(

@@ -1,0 +1,18 @@
+"""Honour all pending deletion requests and publish a new model version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unlearn_spark.cli import JobContext, job, progress
+
+
+@job("Honour all pending deletion requests and publish a new model version.")
+def main(context: JobContext) -> dict[str, Any]:
+    """Takes the requested ratings out of the model and of the ratings table, re-solves only the
+    rows that this disturbed, and publishes factors whose residual is within unlearn.tau on every
+    row. Ratings ingested meanwhile are folded in by the same pass. Nothing pending: nothing
+    written."""
+    from unlearn_spark.spark.night.night import run_night
+
+    return run_night(context.store, context.settings, progress, kind="unlearn")

@@ -1,0 +1,56 @@
+"""What a night starts from, for the steps that follow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlearn_spark.config import ResolvedUnlearn, Settings
+    from unlearn_spark.spark.night.changes import Changes
+    from unlearn_spark.tables.models import ModelVersion, Sizes
+    from unlearn_spark.tables.store import Store
+
+
+@dataclass(frozen=True)
+class Tonight:
+    """What a night starts from, whichever way it is done.
+
+    Attributes
+    ----------
+    unlearn
+        The settings of that name for this model.
+    model, sizes
+        The published version, and its numbers of rows and ratings.
+    changes
+        What the night has to do.
+    kind
+        `unlearn` or `update`.
+    started
+        By `time.perf_counter`.
+    """
+
+    store: Store
+    settings: Settings
+    unlearn: ResolvedUnlearn
+    model: ModelVersion
+    sizes: Sizes
+    changes: Changes
+    progress: Callable[[str], None]
+    kind: str
+    started: float
+
+    @property
+    def n_ratings(self) -> int:
+        """Those that the next version is fitted to."""
+        return self.sizes.ratings + self.changes.net
+
+    def metrics(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Of the published version, with the figures of the job."""
+        return {
+            **figures,
+            "training_sweeps": self.model.training_sweeps,
+            "seconds": time.perf_counter() - self.started,
+        }
