@@ -618,7 +618,8 @@ def is_unusual(text: Column) -> Column:
     Only then can it have other white space than blanks, or bytes that are not UTF-8. To ask this
     first takes less time than to look for them in every row.
     """
-    return text.rlike("[^ -~]")
+    # Possessive: looking for a character out of the range instead takes half as long again.
+    return ~text.rlike(r"\A[ -~]*+\z")
 
 
 def trimmed(text: Column, unusual: Column | None = None) -> Column:
