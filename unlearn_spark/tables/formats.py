@@ -42,6 +42,7 @@ NO_MOVIE = "rating stands before any movie line"
 BAD_TIME = "rated_at is neither ISO 8601 nor seconds since 1970"
 TIME_RANGE = "rated_at is outside the years 1 to 9999 (are these milliseconds?)"
 NOT_UTF8 = "is not valid UTF-8, or has the character U+FFFD that stands for such bytes"
+LINE_BREAK = "has a line break inside a value, which no line of csv can hold"
 INEXACT_ID = "{column} is a fraction, or too large a number to be exact"
 FOREIGN_ID = "{column} is not an integer as in the table"
 """Of an id that cannot be one of the ratings table, whose ids are integers."""
@@ -323,13 +324,16 @@ def lines_below_header(spark: SparkSession, path: str, header: str) -> DataFrame
 
 
 def csv_fields(width: int) -> Column:
-    """The values of a line as an array, null where their number is not `width`."""
+    """The values of a line as an array, null where their number is not `width` or a quote is left
+    open, as where a value goes on in the next line."""
     plain = F.split("raw", ",", -1)
     schema = ", ".join([*(f"c{index} string" for index in range(width)), "malformed string"])
     options = {"columnNameOfCorruptRecord": "malformed", "escape": '"'}
     parsed = F.from_csv("raw", schema, options)
+    quotes = F.length("raw") - F.length(F.replace("raw", F.lit('"')))
     quoted = F.when(
-        parsed["malformed"].isNull(), F.array(*[parsed[f"c{index}"] for index in range(width)])
+        parsed["malformed"].isNull() & (quotes % 2 == 0),
+        F.array(*[parsed[f"c{index}"] for index in range(width)]),
     )
     # The parser costs several times a split, and most files have no quotes.
     return F.when(F.contains(F.col("raw"), F.lit('"')), quoted).otherwise(
@@ -650,8 +654,9 @@ def text_of(value: Column, unusual: Column | None = None) -> tuple[Column, Colum
     # Plain strings are compared byte by byte, whatever the column's collation.
     plain = value.cast("string")
     unusual = is_unusual(plain) if unusual is None else unusual
-    text = F.when(unusual, F.make_valid_utf8(plain)).otherwise(plain)
-    return F.nullif(trimmed(text, unusual), F.lit("")), not_utf8(text, unusual)
+    text = trimmed(F.when(unusual, F.make_valid_utf8(plain)).otherwise(plain), unusual)
+    broken = F.when(unusual & text.rlike("[\r\n]"), LINE_BREAK)
+    return F.nullif(text, F.lit("")), F.coalesce(not_utf8(text, unusual), broken)
 
 
 def id_of(
