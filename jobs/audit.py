@@ -1,4 +1,4 @@
-"""Check what a published model promises, against the ratings themselves.
+"""Check the promises of a published model against the ratings themselves.
 
 spark-submit jobs/audit.py --root /data/recommender
 spark-submit jobs/audit.py --root /data/recommender --retrain --seeds 3 --plot closeness.png

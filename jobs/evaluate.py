@@ -1,4 +1,4 @@
-"""Held-out quality: of a published model on a file, or of the settings on a split of the ratings.
+"""Measure held-out quality: of a published model on a file, or of settings on a split.
 
 spark-submit jobs/evaluate.py --root /data/recommender --input test.csv --format csv
 spark-submit jobs/evaluate.py --root /data/recommender --split 0.1 --set als.rank=64

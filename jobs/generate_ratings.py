@@ -1,4 +1,4 @@
-"""Write long-tailed synthetic ratings: a low-rank taste, noise, real times. Needs no Spark.
+"""Write long-tailed synthetic ratings: a low-rank taste, noise, times. Needs no Spark.
 
 python jobs/generate_ratings.py --users 6000 --items 4000 --ratings 1000000 --output r.parquet
 """

@@ -1,4 +1,4 @@
-"""Adopt factors that were trained elsewhere, with the ratings table, as a model version.
+"""Publish factors that were trained elsewhere as a model version of the ratings table.
 
 spark-submit jobs/import_model.py --root DIR --input saved_model --format mllib --converge
 """

@@ -1,4 +1,4 @@
-"""The best items of every user, or of some, by the published model.
+"""List the best items of every user, or of some, by a published model.
 
 spark-submit jobs/recommend.py --root /data/recommender --top 10
 spark-submit jobs/recommend.py --root /data/recommender --top 10 --users 7,42 --output out.csv

@@ -5,8 +5,8 @@
 # MAGIC Ratings, a model, three deletion requests, and the proof. Each step runs one job of `jobs/`
 # MAGIC in this session and returns the JSON object that the job would print.
 # MAGIC
-# MAGIC On Databricks, open this file inside a Git folder of the repository. Elsewhere it is a plain
-# MAGIC script: `python notebooks/quickstart.py`.
+# MAGIC On Databricks, install the package as a library of the compute, and open this file inside a
+# MAGIC Git folder of the repository. Elsewhere run it: `python notebooks/quickstart.py`.
 
 # COMMAND ----------
 
@@ -43,12 +43,12 @@ else:
 
 
 def run(job: str, *arguments: object) -> dict[str, Any]:
-    """Run jobs/<job>.py in this session; a user's mistake raises with its one line."""
+    """Run jobs/<job>.py in this session; a user's mistake raises an error of one line."""
     command = importlib.import_module(f"jobs.{job}").main
     texts = [*PLACE, *(str(argument) for argument in arguments)]
     result = dict(command.main(args=texts, standalone_mode=False))
     print(job, result)
-    if result.get("exit_code"):  # an audit that failed; its reasons stand above
+    if result.get("exit_code"):  # the reasons stand above
         raise RuntimeError(f"{job} found that the model does not hold what it promises")
     return result
 
@@ -104,8 +104,8 @@ forgotten = run("unlearn")
 
 # MAGIC %md
 # MAGIC ## The proof
-# MAGIC The audit scans every factor row against the retained ratings and does not use the ledger.
-# MAGIC The lists that were made before are made again, from the new version.
+# MAGIC The audit checks every factor row against the retained ratings and does not use the ledger.
+# MAGIC The lists that were made before are made again from the new version.
 
 # COMMAND ----------
 

@@ -1,6 +1,6 @@
-"""What every job's command line shares: options, exit codes, and one JSON object at the end.
+"""The command line that all jobs share: options, exit codes, and one JSON object at the end.
 
-Exit codes: 0 done; 2 bad input or settings, said in one line on stderr; 1 anything else.
+Exit codes: 0 done; 2 bad input or settings, with one line on stderr; 1 any other failure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEFAULT_CONF = CHECKOUT / "conf" / "local.yaml" if CHECKOUT else None
 
 @dataclass
 class JobContext:
-    """What a job gets: validated settings, and a session and tables when it first asks."""
+    """A job's validated settings; its Spark session and its tables open on first use."""
 
     settings: Settings
     _spark: Any = field(default=None, repr=False)
@@ -48,13 +48,13 @@ class JobContext:
         if self._store is None:
             from unlearn_spark.tables.store import Store, check_root
 
-            check_root(self.settings)  # before the seconds that a session takes
+            check_root(self.settings)  # fail before a session starts
             self._store = Store(self.spark, root=self.settings.root, catalog=self.settings.catalog)
         return self._store
 
 
 def progress(message: str) -> None:
-    """One line of progress, on stderr."""
+    """Print one line of progress to stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -101,7 +101,7 @@ def job(summary: str) -> Callable[[Callable[..., Mapping[str, Any]]], click.Comm
 
 
 def run(command: click.Command, arguments: list[str] | None = None) -> None:
-    """Run a job to its exit code. Called by every script in jobs/ and every entry point."""
+    """Run a job and exit with its code. Every script in jobs/ and every entry point calls this."""
     sys.exit(_run(command, arguments))
 
 

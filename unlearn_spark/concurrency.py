@@ -1,4 +1,4 @@
-"""Independent actions at the same time."""
+"""Run independent Spark actions at the same time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def run_concurrently(tasks: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """Run independent Spark actions at the same time; returns what each gave.
+    """Run each task in a thread of its own; return the results by name, or raise the first error.
 
-    A small one mostly waits for the driver, so four of them take little more than one.
+    A small action mostly waits for the driver, so several overlap well.
     """
     with ThreadPoolExecutor(max_workers=max(1, len(tasks))) as pool:
         running = {name: pool.submit(task) for name, task in tasks.items()}

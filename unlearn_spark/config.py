@@ -1,7 +1,7 @@
 """Validated settings: one YAML file, overridden by `--set key=value`, checked before Spark starts.
 
-Every key is a field of the models below; `als.rank` on the command line is field `rank` of
-`AlsSettings`. Unknown keys are refused, with the nearest known one as a hint.
+Every key is a field of the models below: `als.rank` on the command line is field `rank` of
+`AlsSettings`. Unknown keys are refused, and the message suggests the nearest known key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unlearn_spark.errors import SettingsError
 
 _ABOVE = Path(__file__).resolve().parent.parent
 CHECKOUT = _ABOVE if (_ABOVE / "conf").is_dir() and (_ABOVE / "setup.cfg").exists() else None
-"""The repository that this package is run from; None where a wheel is installed."""
+"""The checkout that holds this package; None if the package was installed from a wheel."""
 
 _MASTER = r"local(\[.+\])?|local-cluster\[.+\]|yarn|(spark|k8s)://.+"
 
@@ -56,43 +56,43 @@ class AlsSettings(_Section):
 
 
 LEAST_TAU, ROOM = 1e-3, 4.0
-"""`unlearn.tau` unset: `ROOM` times what the model's last sweeps reached, `LEAST_TAU` at least."""
+"""Without `unlearn.tau`, tau is `ROOM` times what the last sweeps reached, at least `LEAST_TAU`."""
 
 
 class UnlearnSettings(_Section):
-    """When a factor row is re-solved after a deletion, and when the job gives up on locality."""
+    """Which factor rows a night re-solves, and when it sweeps everything instead."""
 
     tau: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Certificate: no row's relative residual on the retained ratings exceeds this. None: as tight
-    as the model that the night begins with has room for."""
+    """The certificate promises that no row's relative residual on the retained ratings exceeds
+    tau. None: derived from the model (`resolved`)."""
     lower_mark: float = Field(0.25, gt=0, le=1)
-    """In explicit mode a side that is worked on is solved down to `lower_mark * tau` (hysteresis);
-    whole sweeps in place of rounds go down to it in either mode."""
+    """In explicit mode, rounds solve a side down to `lower_mark * tau` once it has a row over tau
+    (hysteresis). Whole sweeps go down to this mark in both modes."""
     direct_rows: Literal["resolve", "threshold"] = "resolve"
-    """Re-solve every row that itself lost a rating, or only those over tolerance."""
+    """Re-solve every row whose own ratings changed, or only those over tau."""
     max_rounds: int = Field(40, ge=1)
-    """Frontier rounds before everything is swept instead."""
+    """Rounds of the frontier loop before whole sweeps take over."""
 
     def resolved(self, reached: float) -> ResolvedUnlearn:
-        """These settings with a definite tau, for a model whose last sweeps ended with a largest
-        residual of `reached` (0: that is not known)."""
+        """These settings with a definite tau. `reached` is the largest residual that the model's
+        last sweeps ended with; 0 if unknown."""
         tau = max(LEAST_TAU, ROOM * reached) if self.tau is None else self.tau
         return ResolvedUnlearn.model_validate({**self.model_dump(), "tau": tau})
 
 
 class ResolvedUnlearn(UnlearnSettings):
-    """`UnlearnSettings` of one night."""
+    """`UnlearnSettings` of one night, with a definite tau."""
 
     tau: float = Field(gt=0, allow_inf_nan=False)
 
     @property
     def mark(self) -> float:
-        """The residual that a side that is worked on is solved down to."""
+        """The lower mark, as a residual."""
         return self.lower_mark * self.tau
 
 
 class ExecutionSettings(_Section):
-    """How work is cut into tasks. Results do not depend on these."""
+    """How work is cut into tasks. Results do not depend on these settings."""
 
     part_ratings: int = Field(8_000_000, ge=1)
     """Ratings that one task holds at a time (about 8 bytes each, 40 while it sorts them)."""
@@ -101,7 +101,7 @@ class ExecutionSettings(_Section):
 
 
 class SparkSettings(_Section):
-    """Of the session that is built here; one that runs already gets what `conf` can change."""
+    """The Spark session. One that already runs gets the `conf` entries that can still change."""
 
     master: str | None = None
     remote: str | None = None
@@ -109,7 +109,7 @@ class SparkSettings(_Section):
     driver_memory: str = "4g"
     conf: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
-    # Spark finds these two out in its JVM, which then dies with a page of text.
+    # Checked here because Spark's JVM would die of a bad value with a page of text.
     @field_validator("master")
     @classmethod
     def _is_master(cls, value: str | None) -> str | None:
@@ -129,9 +129,9 @@ class Settings(_Section):
     """All settings of a job."""
 
     root: str | None = None
-    """Directory or object-store prefix under which every table is a folder."""
+    """Directory or object-store prefix that holds one folder for each table."""
     catalog: str | None = None
-    """`catalog.schema` in which tables are looked up by name; excludes `root`."""
+    """`catalog.schema` that holds the tables by name; excludes `root`."""
     als: AlsSettings = AlsSettings()
     unlearn: UnlearnSettings = UnlearnSettings()
     execution: ExecutionSettings = ExecutionSettings()
@@ -156,7 +156,7 @@ def _explain(error: ValidationError, source: str) -> str:
         near = difflib.get_close_matches(key, {*_known_keys(Settings), *sections}, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see conf/local.yaml for the known keys"
         return f"{source}: unknown setting {key}{hint}"
-    # A field of several types has one error for each of them, with the type at the key's end.
+    # Pydantic reports a union field once for each member type and appends the type to the key.
     known = {*_known_keys(Settings), *Settings.model_fields}
     while key not in known and "." in key:
         key = key.rpartition(".")[0]
@@ -166,7 +166,7 @@ def _explain(error: ValidationError, source: str) -> str:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """Split `a.b=value`; the value is read as YAML, so `true`, `3` and `[1, 2]` mean that."""
+    """Split `a.b=value` into its keys and its value, which is read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise SettingsError(f"--set {text}: expected key=value, for example als.rank=32")
@@ -180,7 +180,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
             parsed = float(parsed)
     keys = key.strip().split(".")
     if keys[:2] == ["spark", "conf"] and len(keys) > 2:
-        keys[2:] = [".".join(keys[2:])]  # names of Spark's settings have dots of their own
+        keys[2:] = [".".join(keys[2:])]  # names of Spark's settings contain dots
     return keys, parsed
 
 
@@ -196,14 +196,14 @@ def load_settings(
     path
         YAML file; `None` means defaults only.
     overrides
-        `key=value` texts, later ones win over earlier ones and over the file.
+        `key=value` texts. Later ones win over earlier ones and over the file.
     top_level
-        Values for `root` or `catalog` that win over everything, when not None.
+        Values for `root` or `catalog` that, unless None, win over everything.
 
     Raises
     ------
     SettingsError
-        The file is missing or not YAML, or a key is unknown or its value unusable.
+        The file, a key or a value is unusable, or two settings exclude each other.
     """
     source = str(path) if path is not None else "settings"
     tree: dict[str, Any] = {}

@@ -1,14 +1,14 @@
-"""The one family of errors that a user can mend.
+"""The errors that a user can fix, and the one that running the job again fixes.
 
-Everything raised as `UserError` reaches the terminal as a single line and ends a job with exit
-code 2; any other exception is a fault of the program or its surroundings and ends it with 1.
+A `UserError` reaches the terminal as a single line and ends the job with exit code 2. Any other
+exception is a fault of the program or its environment and ends the job with exit code 1.
 """
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input or settings; the message names the file, row or key, and the mend."""
+    """Bad input or settings; the message names the file, row or key, and the fix."""
 
 
 class SettingsError(UserError):

@@ -1,7 +1,7 @@
-"""Writing a model version: its tables first, the row of the models table last.
+"""Write a model version: its tables first, its row of the models table last.
 
-Until that last commit nothing is visible, so a job may die anywhere: the next one finds the
-published version untouched, and its own writes replace whatever was left behind.
+Nothing is visible before that last commit, so a job may die anywhere. The next job starts from the
+published version, and its writes replace whatever was left behind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A model that replaces all that is stored of the one before.
+    """A freshly fitted model, which replaces everything stored of the one before.
 
     Attributes
     ----------
@@ -34,11 +34,11 @@ class WholeModel:
     chunks
         The packed ratings of both sides.
     layouts
-        By side `n_blocks` and `n_slots`.
+        By side: `n_blocks` and `n_slots`.
     floors
-        By side what residuals are relative to at least.
+        By side: the least denominator of a residual (`floor_of`).
     summary
-        How it was fitted.
+        How the training went.
     """
 
     rows: Mapping[str, DataFrame]
@@ -56,7 +56,7 @@ def write_whole_model(
     Parameters
     ----------
     more
-        Further writes to do at the same time.
+        Further writes to run at the same time, under the fields that take their versions.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def write_whole_model(
     ledger = factors.ledger_rows(rows["user"], "user", model.floors).unionByName(
         factors.ledger_rows(rows["item"], "item", model.floors)
     )
-    # By themselves: their small row groups are a setting of the whole session.
+    # Not beside other writes: small row groups are a setting of the whole session.
     written = {"rating_blocks_version": factors.write_rating_blocks(store, model.chunks)}
     return written | run_concurrently(
         {
@@ -81,7 +81,7 @@ def write_whole_model(
 
 
 def warm_start(store: Store, wanted: int | str | None) -> tuple[DataFrame, DataFrame] | None:
-    """User and item factors of the version that `als.warm_start` names, if it names one."""
+    """User and item factors of the version that `als.warm_start` names; None if it names none."""
     if wanted is None:
         return None
     version = models.published(store, None if wanted == "latest" else int(wanted))
@@ -108,9 +108,9 @@ def publish_fit(
     kind, parent, ratings_version, ratings_ingest_id, more
         Fields of the new `ModelVersion`; `more` may hold `metrics` to add.
     tau
-        The residual that the certificate states; `als.tol` where None.
+        The residual that the certificate promises; None: `als.tol`.
     writes
-        As `more` of `write_whole_model`; what they return stands above the fields given here.
+        As `more` of `write_whole_model`; the versions that they return override the arguments.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def publish_fit(
     """
     summary = fitted.summary
     tau = als.tol if tau is None else tau
-    # A model that nobody swept here has reached nothing that later nights could be measured by.
+    # Without a sweep there is no reached residual from which a later night could derive tau.
     reached = {"reached": summary.max_residual} if summary.sweeps else {}
     written = write_whole_model(store, fitted, writes)
     metrics = {
@@ -166,7 +166,7 @@ def publish_fit(
 
 
 def next_version(parent: ModelVersion | None) -> int:
-    """Versions count from 1."""
+    """The number after the parent's; versions count from 1."""
     return 1 if parent is None else parent.model_version + 1
 
 
@@ -204,7 +204,7 @@ def roll_back(store: Store, model_version: int) -> ModelVersion:
             # What was honoured stays honoured.
             receipts_version=head.receipts_version,
             metrics=metrics,
-            # That of a version from before it was stored follows from its kind.
+            # Stored because it may derive from the kind, which changes here.
             certificate={**target.certificate, "reached": target.reached},
         ),
     )

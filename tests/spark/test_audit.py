@@ -157,7 +157,7 @@ def trained(spark, tmp_path_factory):
         assert fitted.summary.converged
         parent = publishing.publish_fit(
             store,
-            fitted,
+            fitted.to_publish(),
             als,
             kind="train",
             parent=parent,

@@ -55,17 +55,14 @@ def test_a_replaced_ledger_is_one_file_a_block(spark, tmp_path):
 
     store.create(factors.LEDGER, factors.LEDGER_SPEC)
     floors = {"user": 0.0, "item": 4.0}
-    factors.replace_ledger(store, entries(1.0), None, floors)
-    assert len(files_of(store, factors.LEDGER)) == 8
-    blocks = {"user": [1], "item": [0, 3]}
-    near = entries(3.0).where("(side = 'user' AND block = 1) OR (side = 'item' AND block IN (0,3))")
-    version = factors.replace_ledger(store, near, blocks, floors)
-    assert len(files_of(store, factors.LEDGER)) == 8 + 3
-    rows = store.read(factors.LEDGER, version).collect()
-    assert len(rows) == 80
-    for row in rows:
-        norm = 3.0 if row["block"] in blocks[row["side"]] else 1.0
-        assert row["bound"] == norm / max(2.0, floors[row["side"]])
+    for norm in (1.0, 3.0):
+        before = set(files_of(store, factors.LEDGER))
+        version = factors.replace_ledger(store, entries(norm), floors)
+        assert len(set(files_of(store, factors.LEDGER)) - before) == 8
+        rows = store.read(factors.LEDGER, version).collect()
+        assert len(rows) == 80
+        for row in rows:
+            assert row["bound"] == norm / max(2.0, floors[row["side"]])
 
 
 def test_a_ledger_of_an_earlier_version_is_refused_in_one_line(spark, tmp_path):

@@ -1,8 +1,8 @@
-"""Alternating least squares on Spark: the kernel, the sweeps, and an MLlib-shaped front.
+"""Drop-in replacements for MLlib's `ALS` and `ALSModel`.
 
 `from unlearn_spark.als import ALS, ALSModel` replaces
-`from pyspark.ml.recommendation import ALS, ALSModel`. Both are loaded when they are first named,
-so that importing the kernel needs no Spark.
+`from pyspark.ml.recommendation import ALS, ALSModel`. The package loads them, and with them
+Spark, when they are first used.
 """
 
 from __future__ import annotations

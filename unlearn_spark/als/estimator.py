@@ -1,14 +1,13 @@
 """`ALS` and `ALSModel` with the parameters and columns of `pyspark.ml.recommendation`.
 
-They take part in `Pipeline`, `CrossValidator` and `TrainValidationSplit` like MLlib's own, and
-replace them by changing the import:
+They work in `Pipeline`, `CrossValidator` and `TrainValidationSplit`. To switch, change the import:
 
     from unlearn_spark.als import ALS
 
     model = ALS(rank=32, regParam=0.05, userCol="user_id", itemCol="item_id").fit(ratings)
     model.recommendForAllUsers(10, excludeSeen=ratings)
 
-What differs: ids may be of any type; one iteration is an accelerated sweep, and fitting stops
+Three things differ: ids may be of any type, an iteration is an accelerated sweep, and fitting stops
 early once no factor row's relative residual exceeds `tol`.
 """
 
@@ -69,7 +68,7 @@ _SETTINGS = {
     "seed": "seed",
     "tol": "tol",
 }
-"""Parameters here and the settings of a fit that they become."""
+"""MLlib's parameter names and the fields of `AlsSettings` that they set."""
 
 
 def _param(name: str, doc: str, converter: Any) -> Param[Any]:
@@ -87,7 +86,7 @@ class _ModelParams(HasPredictionCol, HasBlockSize):
     )
     coldStartStrategy: Param[str] = _param(
         "coldStartStrategy",
-        "what becomes of rows with an id that the model does not know: 'nan' or 'drop'",
+        "what to do with rows whose user or item the model does not know: 'nan' or 'drop'",
         TypeConverters.toString,
     )
 
@@ -104,7 +103,7 @@ class _ModelParams(HasPredictionCol, HasBlockSize):
         return self.getOrDefault(self.itemCol)
 
     def getColdStartStrategy(self) -> str:
-        """What becomes of rows with unknown ids: nan or drop."""
+        """What to do with rows with unknown ids: nan or drop."""
         return self.getOrDefault(self.coldStartStrategy)
 
     def setUserCol(self, value: str) -> Any:
@@ -116,7 +115,7 @@ class _ModelParams(HasPredictionCol, HasBlockSize):
         return self._set(itemCol=value)
 
     def setColdStartStrategy(self, value: str) -> Any:
-        """Set what becomes of rows with unknown ids: nan or drop."""
+        """Set what to do with rows with unknown ids: nan or drop."""
         return self._set(coldStartStrategy=value)
 
     def setPredictionCol(self, value: str) -> Any:
@@ -129,7 +128,7 @@ class _ModelParams(HasPredictionCol, HasBlockSize):
 
 
 class _FitParams(_ModelParams, HasMaxIter, HasRegParam, HasCheckpointInterval, HasSeed):
-    """Parameters of the estimator alone."""
+    """Parameters that only the estimator has."""
 
     rank: Param[int] = _param("rank", "number of latent factors", TypeConverters.toInt)
     numUserBlocks: Param[int] = _param(
@@ -180,7 +179,7 @@ class _FitParams(_ModelParams, HasMaxIter, HasRegParam, HasCheckpointInterval, H
             intermediateStorageLevel="MEMORY_AND_DISK",
             finalStorageLevel="MEMORY_AND_DISK",
             tol=2.5e-4,
-            # pyspark's own default is Python's hash of the class name, which changes by process.
+            # pyspark's own default is Python's hash of the class name, which varies by process.
             seed=0,
         )
 
@@ -226,9 +225,9 @@ class _FitParams(_ModelParams, HasMaxIter, HasRegParam, HasCheckpointInterval, H
 
 
 class _Writer(MLWriter):
-    """Metadata as pyspark.ml writes it, and a model's factors as Parquet beside it.
+    """Writes metadata in pyspark.ml's format, and a model's factors as Parquet beside it.
 
-    Nothing here needs a Java object, so that it also works over Spark Connect.
+    It uses no Java object, so it also works over Spark Connect.
     """
 
     def __init__(self, instance: ALS | ALSModel) -> None:
@@ -236,14 +235,14 @@ class _Writer(MLWriter):
         self.instance = instance
 
     def save(self, path: str) -> None:
-        """Write; refuses a path that exists, unless `overwrite()` was called."""
+        """Write to a path, which must not exist unless `overwrite()` was called."""
         mode = "overwrite" if self.shouldOverwrite else "error"
         spark = self.sparkSession
         extra = None
         if isinstance(self.instance, ALSModel):
             summary = self.instance.summary
             extra = {"rank": self.instance.rank, "summary": summary and asdict(summary)}
-            # As in MLlib, whose readers find them under the same names.
+            # MLlib uses the same folder names.
             factors = {
                 f"{path}/userFactors": self.instance.userFactors,
                 f"{path}/itemFactors": self.instance.itemFactors,
@@ -251,7 +250,7 @@ class _Writer(MLWriter):
             for place, rows in factors.items():
                 if set(rows.inputFiles()) & _files(spark, place):
                     raise InputError(f"{path}: the model is read from there; save it elsewhere")
-            # Without metadata there is no model: none of old and new parts, if this dies.
+            # Empty metadata first, the real last: if this dies, nobody reads half of an old model.
             self._write_metadata(path, [], mode)
             for place, rows in factors.items():
                 rows.write.mode(mode).parquet(place)
@@ -260,22 +259,22 @@ class _Writer(MLWriter):
         self._write_metadata(path, [text], mode)
 
     def _write_metadata(self, path: str, lines: list[str], mode: str) -> None:
-        # By way of Arrow for the same reason as `Store.frame`.
+        # Through Arrow, for the same reason as `Store.frame`.
         table = pa.table({"value": pa.array(lines, pa.string())})
         metadata = self.sparkSession.createDataFrame(table).coalesce(1)
         metadata.write.mode(mode).text(f"{path}/metadata")
 
 
 def _files(spark: SparkSession, path: str) -> set[str]:
-    """What a folder of Parquet consists of, as `DataFrame.inputFiles` names it."""
+    """The files of a Parquet folder, named as by `DataFrame.inputFiles`; none if it is missing."""
     try:
         return set(spark.read.parquet(path).inputFiles())
-    except AnalysisException:  # there is none
+    except AnalysisException:  # no such folder
         return set()
 
 
 def _first_line(spark: SparkSession, path: str) -> str | None:
-    """Of a folder of text; None where that has no line or is missing."""
+    """The first line of a text folder; None if it has no line or is missing."""
     try:
         row = spark.read.text(path).first()
     except AnalysisException as error:
@@ -294,7 +293,7 @@ class _ModelReader(MLReader["ALSModel"]):
         Raises
         ------
         InputError
-            Nothing is stored there, or something else than an ALSModel of this package.
+            The path holds nothing, or something other than an ALSModel of this package.
         """
         spark = self.sparkSession
         line = _first_line(spark, f"{path}/metadata")
@@ -328,21 +327,21 @@ class ALS(Estimator["ALSModel"], _FitParams, MLWritable, DefaultParamsReadable["
     ----------
     rank, regParam, implicitPrefs, alpha, nonnegative, userCol, itemCol, ratingCol, seed,
     coldStartStrategy, intermediateStorageLevel, finalStorageLevel
-        As in MLlib. The seed is 0 unless set. `finalStorageLevel="NONE"` computes the factors anew
-        every time they are used.
+        As in MLlib. The seed is 0 unless set. With `finalStorageLevel="NONE"` every use of the
+        factors computes them anew.
     maxIter
-        Most sweeps; each is accelerated, and they end early at `tol`.
+        Maximum number of accelerated sweeps; fitting ends earlier at `tol`.
     tol
-        Largest relative residual of a factor row that counts as converged.
+        Fitting stops once no factor row's relative residual exceeds this.
     numUserBlocks, numItemBlocks
-        How the work is cut; the start does not depend on it.
+        Into how many blocks the work is cut. The starting factors do not depend on it.
     blockSize
         Query rows that a task scores at a time in the `recommendFor...` methods.
     checkpointInterval
-        Kept so that calls need no change: every sweep truncates its plan.
+        Accepted for compatibility; every sweep truncates its plan anyway.
 
-    Ids and ratings that are null, and ratings that are not finite, are refused with InputError.
-    Repeated pairs are separate ratings, as in MLlib.
+    `fit` raises InputError for null ids, null ratings and ratings that are not finite. Repeated
+    pairs are separate ratings, as in MLlib.
     """
 
     _input_kwargs: dict[str, Any]
@@ -396,7 +395,7 @@ class ALS(Estimator["ALSModel"], _FitParams, MLWritable, DefaultParamsReadable["
         blockSize: int = 4096,
         tol: float = 2.5e-4,
     ) -> ALS:
-        """Set those parameters that are given."""
+        """Set the given parameters; leave the others."""
         return self._set(**self._input_kwargs)
 
     def setRank(self, value: int) -> ALS:
@@ -404,11 +403,11 @@ class ALS(Estimator["ALSModel"], _FitParams, MLWritable, DefaultParamsReadable["
         return self._set(rank=value)
 
     def setMaxIter(self, value: int) -> ALS:
-        """Set the most sweeps."""
+        """Set the maximum number of sweeps."""
         return self._set(maxIter=value)
 
     def setRegParam(self, value: float) -> ALS:
-        """Set the regularisation."""
+        """Set the regularisation parameter lambda."""
         return self._set(regParam=value)
 
     def setNumUserBlocks(self, value: int) -> ALS:
@@ -440,7 +439,7 @@ class ALS(Estimator["ALSModel"], _FitParams, MLWritable, DefaultParamsReadable["
         return self._set(nonnegative=value)
 
     def setCheckpointInterval(self, value: int) -> ALS:
-        """Kept so that calls need no change; has no effect."""
+        """Accepted for compatibility; has no effect."""
         return self._set(checkpointInterval=value)
 
     def setIntermediateStorageLevel(self, value: str) -> ALS:
@@ -452,7 +451,7 @@ class ALS(Estimator["ALSModel"], _FitParams, MLWritable, DefaultParamsReadable["
         return self._set(finalStorageLevel=value)
 
     def setSeed(self, value: int) -> ALS:
-        """Set the seed of the start."""
+        """Set the seed of the starting factors."""
         return self._set(seed=value)
 
     def setTol(self, value: float) -> ALS:
@@ -500,7 +499,7 @@ class ALS(Estimator["ALSModel"], _FitParams, MLWritable, DefaultParamsReadable["
         return self._copyValues(model)
 
     def _ratings(self, dataset: DataFrame) -> DataFrame:
-        """user_id, item_id, rating float."""
+        """The dataset's ratings as user_id, item_id, rating float."""
         rating_col = self.getRatingCol()
         named = [self.getUserCol(), self.getItemCol(), *([rating_col] if rating_col else [])]
         for name in named:
@@ -526,7 +525,7 @@ class ALSModel(Model, _ModelParams, MLWritable, MLReadable["ALSModel"]):
     userFactors, itemFactors : DataFrame
         id, features array<float>.
     summary : TrainingSummary
-        Sweeps, objective, largest residual, times; None for factors of unknown origin.
+        Sweeps, objective, largest residual, times; None if the factors' origin is unknown.
     """
 
     def __init__(
@@ -568,14 +567,14 @@ class ALSModel(Model, _ModelParams, MLWritable, MLReadable["ALSModel"]):
     def recommendForUserSubset(
         self, dataset: DataFrame, numItems: int, *, excludeSeen: DataFrame | None = None
     ) -> DataFrame:
-        """The best items of the users in userCol of `dataset`; unknown ones have no row."""
+        """The best items of the users in userCol of `dataset`; unknown users get no row."""
         asked = self._subset(dataset, self.getUserCol(), self.userFactors)
         return self._recommend(asked, "user", numItems, excludeSeen)
 
     def recommendForItemSubset(
         self, dataset: DataFrame, numUsers: int, *, excludeSeen: DataFrame | None = None
     ) -> DataFrame:
-        """The best users of the items in itemCol of `dataset`; unknown ones have no row."""
+        """The best users of the items in itemCol of `dataset`; unknown items get no row."""
         asked = self._subset(dataset, self.getItemCol(), self.itemFactors)
         return self._recommend(asked, "item", numUsers, excludeSeen)
 
@@ -585,7 +584,7 @@ class ALSModel(Model, _ModelParams, MLWritable, MLReadable["ALSModel"]):
 
     @classmethod
     def read(cls) -> MLReader[ALSModel]:
-        """A reader of what `write` wrote."""
+        """A reader of models that `write` stored."""
         return _ModelReader()
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
@@ -653,7 +652,7 @@ def _cold_start(value: str) -> str:
 
 
 def _require_usable(ratings: DataFrame) -> None:
-    """Refuse missing ids and ratings that are no finite number, before any work."""
+    """Raise InputError for null ids, null ratings and ratings that are not finite."""
     rating = F.col("rating")
     bad = {
         "a null user id": F.col("user_id").isNull(),
@@ -666,4 +665,4 @@ def _require_usable(ratings: DataFrame) -> None:
     for what, count in zip(bad, row, strict=True):
         if count:
             rows = "1 row has" if count == 1 else f"{count} rows have"
-            raise InputError(f"ALS: {rows} {what}; drop or mend such rows")
+            raise InputError(f"ALS: {rows} {what}; drop or correct these rows")

@@ -1,11 +1,11 @@
-"""How close an unlearned model is to models trained without what was deleted.
+"""Compare an unlearned model with models that are trained without the deleted ratings.
 
-The certificate says that every factor row solves the equations of the retained ratings. Those have
-many solutions, so it leaves two questions open, which only retraining answers: is the model as
-good, and does it still know what was deleted? Here models are trained from scratch on the retained
-ratings with other seeds, and everything is measured on them too. Predictions are compared, never
-factors, which are only defined up to a change of basis; the distance between two retrained models
-is the yardstick of every distance.
+The certificate says that every factor row solves the equations of the retained ratings. Those
+equations have many solutions, so only retraining answers two questions: is the model as good, and
+does it still know what was deleted? `compare` trains models from scratch on the retained ratings,
+with other seeds, and measures the same figures on all models. It compares predictions, never
+factors, which are only defined up to a change of basis. The yardstick of every distance is that
+between two retrained models.
 
 Contestants beside the version *before* the deletion, the *unlearned* and the *retrained* ones:
 
@@ -16,8 +16,8 @@ Contestants beside the version *before* the deletion, the *unlearned* and the *r
                 arXiv 2302.06676)
 =============  ==================================================================================
 
-Figures of predictions are over samples of pairs that are chosen by hash, so the same tables give
-the same pairs. Only the samples' scores reach the driver.
+Predictions are compared on samples of pairs that are chosen by hash, so the same tables give the
+same pairs. Only the samples' scores reach the driver.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from unlearn_spark.audit import membership
 from unlearn_spark.audit.contestants import direct_step, objective_of, penalty_weights
 from unlearn_spark.audit.deletion import Deletion
 from unlearn_spark.audit.sample import (
-    _SCORE_SCHEMA,
     COMPARED,
     DELETED,
     UNSEEN,
@@ -58,23 +57,6 @@ WARM_SWEEPS = (1, 3, 10)
 
 K = 10
 """Places of held-out rankings."""
-
-_SCORE_SCHEMA += ", ".join(f"{name} double" for name in membership.FEATURES)
-
-
-# --- what was deleted -----------------------------------------------------------------------------
-
-
-# --- samples --------------------------------------------------------------------------------------
-
-
-# --- objective ------------------------------------------------------------------------------------
-
-
-# --- contestants ----------------------------------------------------------------------------------
-
-
-# --- the comparison -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -131,17 +113,17 @@ def compare(
 
         * `objective` on the retained ratings; `rmse`, `ndcg_at_10` of held-out ratings, if given;
         * `distance` by class of pairs: `rms` and `max` difference from the mean prediction of the
-          retrained models, over the `pairs` that all of them and this model can score. That of a
-          retrained model is from the mean of the others;
+          retrained models, over the `pairs` that all of them and this model can score. A
+          retrained model's distance is from the mean of the others;
         * `deleted_score`: the `mean` of deleted entries, 0 where the model has no row, and
           `mean_scorable` over those that before, unlearned and retrained can all score;
         * `deleted_scorable`: how many deleted pairs of the sample it can score;
-        * `auc` of the `score` and the `fitted` attack (see `evaluation.membership`), and by how
+        * `auc` of the `score` and the `fitted` attack (see `audit.membership`), and by how
           much they exceed the retrained models' mean.
 
         `retrained` has these as `mean` and `spread` (standard deviation) over its `runs`.
-        `seed_to_seed` is the mean rms difference of two retrained models by class of pairs. What
-        cannot be told is None.
+        `seed_to_seed` is the mean rms difference of two retrained models by class of pairs. A
+        figure that cannot be computed is None.
 
     Raises
     ------
@@ -213,7 +195,7 @@ def side_by_side(
 ) -> Comparison:
     """Every figure relative to the retrained models (`runs`); see `compare` for what comes out.
 
-    `trainings` says how each of them went.
+    `trainings` has the seed, sweeps and convergence of each run.
     """
     kinds = runs[0].scores.kind
     common = np.logical_and.reduce(
@@ -228,7 +210,7 @@ def side_by_side(
         for i, run in enumerate(retrained)
     ]
     mean, spread = _over(shown, np.mean), _over(shown, _spread)
-    if len(runs) == 2:  # each is measured against the other: equal, which says nothing
+    if len(runs) == 2:  # each is measured against the other, so the spread is always 0
         spread["distance"] = _over([spread["distance"]], lambda values: None)
     contestants = {name: _figures(one, runs, common) for name, one in measured.items()}
     for figures in contestants.values():
@@ -322,6 +304,3 @@ def _over(runs: Sequence[Mapping[str, Any]], fold: Callable[[list[float]], Any])
 
 def _spread(values: list[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-# --- for a terminal -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The simpler ways to forget, and the objective that all are judged by."""
+"""Simpler ways to forget, as baselines, and the objective that judges every model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def penalty_weights(retained: DataFrame, implicit: bool) -> dict[str, DataFrame]:
-    """By side: id and `n`, how many of its ratings (implicit: positive ones) lambda counts."""
+    """By side: id, and `n`, the number of ratings (implicit: positive ones) that scales lambda."""
     counts = F.sum((F.col("rating") > 0).cast("int")) if implicit else F.count(F.lit(1))
     return {
         side: retained.groupBy(F.col(f"{side}_id").alias("id")).agg(counts.alias("n"))
@@ -38,7 +38,7 @@ def objective_of(
     factors: Mapping[str, DataFrame],
     als: AlsSettings,
 ) -> float:
-    """What training minimises, of any factors on the retained ratings.
+    """The objective that training minimises, for any factors on the retained ratings.
 
     Explicit (Zhou et al. 2008, equation 4): `sum (r - x.y)^2 + lambda (sum n_u |x_u|^2 + sum n_i
     |y_i|^2)` over the retained ratings. Implicit (Hu, Koren and Volinsky 2008, equation 3, lambda
@@ -93,8 +93,8 @@ def direct_step(
     """Factors of `before` after one closed-form step on the rows that lost a rating.
 
     First each such user row is solved for the retained ratings and the items of `before`, then each
-    such item row for the new user rows. Rows without a retained rating leave; ratings whose other
-    row `before` does not have are not seen.
+    such item row for the new user rows. Rows without a retained rating are dropped. Ratings whose
+    other row `before` lacks are ignored.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def direct_step(
 def _solved(
     retained: DataFrame, rows: DataFrame, side: str, others: DataFrame, als: AlsSettings
 ) -> DataFrame:
-    """id, factors of the named rows, each solved for all its ratings; a task holds one row's."""
+    """id, factors of the named rows, each solved for all its ratings, which one task holds."""
     rank, dtype = als.rank, als.dtype
     objective = Objective(als.reg_param, als.implicit_prefs, als.alpha, als.nonnegative)
     gram = gram_of(others, rank) if als.implicit_prefs else None

@@ -1,4 +1,4 @@
-"""What was deleted between two versions."""
+"""Find the ratings that were deleted between two model versions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Deletion:
 
 
 def find_deletion(store: Store, model: ModelVersion, checkpoint: str) -> Deletion:
-    """What a version forgot since the version that was trained or imported last before it.
+    """Find what a version forgot since the last version before it that was trained or imported.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def version_before(store: Store, model: ModelVersion) -> ModelVersion:
 def held_out_ratings(store: Store, model: ModelVersion, path: str, form: str) -> DataFrame:
     """Usable held-out ratings of a file, ids in the model's types: user_id, item_id, rating.
 
-    An id that cannot be the model's is null.
+    An id that is no value of the model's type is null.
 
     Raises
     ------

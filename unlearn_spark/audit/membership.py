@@ -14,7 +14,7 @@ People do not rate at random, so the scores of what somebody once rated stand ou
 that never saw them. An AUC is therefore to be compared with that of a model trained without the
 members, never with 0.5.
 
-NumPy, and scikit-learn for the fitted attack; Spark is not known here.
+Needs NumPy, and scikit-learn for the fitted attack; no Spark.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ def score_attack(members: ArrayLike, others: ArrayLike) -> float:
 def fitted_attack(members: ArrayLike, others: ArrayLike, *, seed: int = 0) -> float | None:
     """AUC of a logistic regression, every entry being judged by a fit to other entries.
 
-    Five stratified folds, drawn by the seed; with fewer entries in a class, as many folds as
-    that. The columns are standardised by the training folds.
+    There are five stratified folds, drawn by the seed; as many folds as entries where a class has
+    fewer. The columns are standardised by the training folds.
 
     Parameters
     ----------
     members, others : float (n, f) and (m, f)
-        Features of the two classes, such as `attack_features`.
+        Features of the two classes, as from `attack_features`.
 
     Returns
     -------
@@ -138,5 +138,5 @@ def fitted_attack(members: ArrayLike, others: ArrayLike, *, seed: int = 0) -> fl
 
 
 def require_sklearn() -> None:
-    """Raise UserError, with the mend, where scikit-learn is missing."""
+    """Raise UserError, which says how to install it, if scikit-learn is missing."""
     require_package("sklearn", "scikit-learn", "the fitted membership attack")

@@ -13,8 +13,8 @@ from unlearn_spark.audit.sample import COMPARED, DELETED, UNSEEN
 def tables_of(figures: Mapping[str, Any]) -> list[Any]:
     """The figures of `compare` as two `rich.table.Table`s, one contestant a line.
 
-    The first has quality and distances, the second what is left of the deleted entries; there the
-    AUCs have their excess over the retrained models' mean in brackets.
+    The first has quality and distances, the second traces of the deleted entries, with the AUCs'
+    excess over the retrained models' mean in brackets.
     """
     contestants = dict(figures["models"])
     retrained = contestants.pop("retrained")

@@ -1,4 +1,4 @@
-"""Pairs that predictions are compared on, and their scores."""
+"""Draw the pairs on which models are compared, and score them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ SAMPLE_PAIRS = 20_000
 SAMPLE_SEED = 0
 
 PANEL_ROWS = 1000
-"""Users and items that random pairs are drawn from, and means and percentiles are taken over."""
+"""Users and items to draw random pairs from, and to take means and percentiles over."""
 
 REACH = 16
-"""A never-seen item stands in for a deleted one at most so many places away in popularity."""
+"""Most places, in the order of popularity, between a deleted item and its never-rated match."""
 
 DELETED, UNSEEN, NEIGHBOURING, RANDOM = "deleted", "unseen", "neighbouring", "random"
 
@@ -39,12 +39,17 @@ COMPARED = (DELETED, NEIGHBOURING, RANDOM)
 
 _SCORE_PARTS = 16
 
-_SCORE_SCHEMA = "kind string, user_id string, item_id string, matched boolean, scorable boolean, "
+_SCORE_SCHEMA = ", ".join(
+    [
+        "kind string, user_id string, item_id string, matched boolean, scorable boolean",
+        *(f"{name} double" for name in membership.FEATURES),
+    ]
+)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The pairs that predictions are compared on.
+    """The pairs on which predictions are compared.
 
     Attributes
     ----------
@@ -102,12 +107,12 @@ def _by_hash(rows: DataFrame, n: int) -> DataFrame:
 def _matches(deletion: Deletion, members: DataFrame) -> DataFrame:
     """user_id, item_id of members and `match`: the never-rated item nearest in popularity.
 
-    The same item may match several members, so that popularities agree also where somebody rated
-    most of what is popular. A member without a free item within `REACH` places has no row.
+    The same item may match several members; so popularities also agree for somebody who rated most
+    popular items. A member without a free item within `REACH` places has no row.
     """
     counted = deletion.known.groupBy("item_id").agg(F.count(F.lit(1)).alias("n"))
     order = [F.desc("n"), F.xxhash64("item_id", F.lit(SAMPLE_SEED)), F.col("item_id")]
-    # One partition of all items: ids and counts alone, and there are far fewer than ratings.
+    # One task orders all items by count: far fewer rows than there are ratings.
     place = F.row_number().over(Window.partitionBy(F.lit(0)).orderBy(*order))
     places = counted.select("item_id", place.alias("place"))
     steps = [step for distance in range(1, REACH + 1) for step in (-distance, distance)]
@@ -128,13 +133,13 @@ def _matches(deletion: Deletion, members: DataFrame) -> DataFrame:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model says of the sample, rows in the same order for every model.
+    """One model's scores of the sample, with rows in the same order for every model.
 
     Attributes
     ----------
     kind, matched, scorable : (n,)
-        `scorable`: the model has a row for both the user and the item. Where it has not, its
-        vectors count as zeros.
+        `scorable`: the model has a row for both the user and the item. A missing row counts as
+        zeros.
     features : float64 (n, 4)
         By `membership.FEATURES`; the first column is the score.
     """

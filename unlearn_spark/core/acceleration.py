@@ -1,4 +1,4 @@
-"""Anderson acceleration of alternating least squares from inner products alone.
+"""Anderson acceleration of alternating least squares.
 
 One sweep is a fixed-point map of the anchor's factors, y -> g(y): solve the other side for y, then
 the anchor for the other side. Anderson acceleration mixes the last sweeps instead of taking the
@@ -10,10 +10,10 @@ newest:
 algorithm AA). The f and g stay where the rows are; the minimisation needs only the inner products
 of the f, one small matrix that the parts add up.
 
-The problem is not convex, which asks for two more rules. A mixture is a guess: it is judged one
-sweep later by the objective, which a plain sweep never raises, and if rejected, the plain sweep
-from the last accepted iterate takes its place. And near a saddle point f does not shrink; making
-it small would lead to the saddle. There the step is momentum along the last two sweeps, as in
+The problem is not convex, so two rules are added. A mixture is a guess: one sweep later it is
+judged by the objective, which a plain sweep never raises. If it is rejected, the plain sweep from
+the last accepted iterate takes its place. Near a saddle point f does not shrink, and making it
+small would lead to the saddle. There the step is momentum along the last two sweeps, as in
 Mitchell, Ye and De Sterck 2020, "Nesterov acceleration of alternating least squares for canonical
 tensor decomposition: momentum step size and restart mechanisms", Numer. Linear Algebra Appl. 27(4).
 """
@@ -31,33 +31,33 @@ RIDGE = 1e-6
 """Added to the unit diagonal of the scaled normal equations of the weights."""
 
 SAME = 1e-14
-"""A difference of two f with a squared length below this, relative to f, is rounding."""
+"""A difference of two f whose squared length, relative to f, is below this is rounding."""
 
 MAX_WEIGHT = 20.0
 """Largest sum of absolute weights on older sweeps; beyond it the oldest sweep is left out."""
 
 SLOW = 0.98
-"""If the newest squared |f| exceeds this share of the one before, momentum is taken."""
+"""The step is momentum if the newest squared |f| exceeds this share of the one before."""
 
 MOMENTUM = 0.9
 """Share of the difference of the last two sweeps that a momentum step adds."""
 
 PATIENCE = 2
-"""A mixture is accepted if its objective is below the largest of so many accepted ones."""
+"""A mixture is accepted if its objective is at most the largest of this many accepted ones."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the parts do with their history.
+    """How every part makes the next iterate from its history.
 
     Attributes
     ----------
     weights
-        Of the stored g, newest first; they add up to 1.
+        Weights of the stored g, newest first; they add up to 1.
     keep
         How many pairs (g, f) stay, newest first, counted after `drop_newest`.
     drop_newest
-        Forget the newest pair first: its iterate was rejected.
+        Drop the newest pair first, because its iterate was rejected.
     """
 
     weights: tuple[float, ...]
@@ -80,7 +80,7 @@ def history_products(
     Returns
     -------
     float64 (len(fs), len(fs))
-        Symmetric; those of several parts add up to that of their union.
+        Symmetric. The matrices of several parts add up to that of all their rows.
     """
     stacked = np.stack(fs).astype(np.float64)
     if weights is not None:
@@ -188,7 +188,7 @@ class Accelerator:
         Parameters
         ----------
         objective, max_residual
-            Of the newest iterate. The residual may be infinite: a row without right-hand side.
+            Of the newest iterate. A row without right-hand side may make the residual infinite.
         products : float64 (h, h)
             Inner products of the stored f, newest first; h is at most memory + 1.
         """

@@ -15,8 +15,6 @@ part
 A worked example: 2 blocks and 1 part; users a, b, c hash to blocks 0, 1, 0 and have 1, 2 and 3
 ratings. Block 0 holds c (position 0, slot 0) and a (position 1, slot 2); block 1 holds b (position
 0, slot 1). The part's rows in slot order are c, b, a with counts 3, 2, 1.
-
-NumPy and SciPy only: nothing here knows Spark.
 """
 
 from __future__ import annotations
@@ -31,13 +29,13 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 SIDES = ("user", "item")
-"""In the order of every tuple and table that has something for both."""
+"""Both sides, in the order of every tuple and table that covers both."""
 
 PIECE_RATINGS = 16_384
-"""Ratings in one piece (0.2 MB), so that the largest array in the JVM does not grow with a part."""
+"""Ratings in one piece: few, so that arrays in the JVM stay small however large a part is."""
 
 CHUNK_RATINGS = 32_768
-"""Ratings in one stored chunk: what has to be read to see the ratings of a single row."""
+"""Ratings in one stored chunk, which is the least that is read for the ratings of one row."""
 
 
 def other_side(side: str) -> str:
@@ -90,7 +88,7 @@ class RatingBlock:
 
     @classmethod
     def from_binary(cls, columns: Mapping[str, object]) -> RatingBlock:
-        """Views on buffers made by `to_binary`; nothing is copied but the counts' sums."""
+        """The block from buffers made by `to_binary`; all arrays but `indptr` are views."""
         counts = np.frombuffer(columns["counts"], np.int32)  # type: ignore[call-overload]
         indptr = _starts(counts)
         return cls(
@@ -113,7 +111,7 @@ class RatingBlock:
         """
         if not len(values):
             return concatenate([])
-        # By other slot, and then, keeping that order, by row: two counting sorts.
+        # Two counting sorts: by other slot, then stably by row.
         entries = sparse.coo_array((values, (others, rows)))
         entries.has_canonical_format = True  # else pairs that occur twice would be added up
         by_row = entries.tocsr().tocsc()
@@ -125,10 +123,8 @@ class RatingBlock:
 
     @classmethod
     def from_pieces(cls, rows: Sequence[Mapping[str, object]]) -> RatingBlock:
-        """The block whose pieces, in any order, are given as `to_binary` made them.
-
-        Or as loose ratings: `counts` is None, and `slots` names the row of each rating.
-        """
+        """Join pieces made by `to_binary`, in any order; or loose ratings, whose `counts` is None
+        and whose `slots` name the row of each rating."""
         if rows and rows[0]["counts"] is None:
             kinds = {"slots": np.int32, "others": np.int32, "values": np.float32}
             joined = {
@@ -146,7 +142,7 @@ class RatingBlock:
         return RatingBlock(self.slots[keep], indptr, self.others[entries], self.values[entries])
 
     def pieces(self, most: int = PIECE_RATINGS) -> Iterator[RatingBlock]:
-        """Runs of whole rows with about `most` ratings each; `concatenate` undoes it."""
+        """Cut into runs of whole rows with about `most` ratings; `concatenate` undoes it."""
         if not self.n_rows:
             yield self
             return
@@ -162,13 +158,14 @@ class RatingBlock:
             )
 
     def entry_rows(self) -> NDArray[np.int32]:
-        """For every rating the slot of its row, int32 (n_ratings,)."""
+        """The slot of every rating's row, int32 (n_ratings,)."""
         return np.repeat(self.slots, np.diff(self.indptr))
 
     def without(
         self, rows: NDArray[np.int32], others: NDArray[np.int32], *, keep_empty: bool = True
     ) -> RatingBlock:
-        """Drop the entries that name one of the given (row slot, other slot) pairs."""
+        """Drop the entries of the given (row slot, other slot) pairs; `keep_empty` keeps rows that
+        lose all entries."""
         keys, gone = pair_keys(self.entry_rows(), self.others), pair_keys(rows, others)
         kept = np.ones(self.n_ratings, np.bool_)
         kept[ranges(np.searchsorted(keys, gone), np.searchsorted(keys, gone, "right"))] = False
@@ -178,12 +175,12 @@ class RatingBlock:
 
 
 def _is_dense(slots: NDArray[np.int32], n_lookups: int) -> bool:
-    """Is a table over all slots up to the largest of these small beside so many lookups?"""
+    """Whether a table over all slots is small compared with the number of lookups."""
     return bool(slots.size) and int(slots.max()) < 4 * n_lookups
 
 
 def distinct(slots: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The different slots, ascending; `np.unique`, but without a sort where that is slower."""
+    """`np.unique` of slots, which avoids the sort where the slots are dense."""
     if not _is_dense(slots, len(slots)):
         return np.unique(slots)
     seen = np.zeros(int(slots.max()) + 1, np.bool_)
@@ -194,7 +191,7 @@ def distinct(slots: NDArray[np.int32]) -> NDArray[np.int32]:
 def places_in(
     slots: NDArray[np.int32], known: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Where in `known` (ascending) those slots stand that are there, and which these are."""
+    """Look slots up in `known` (ascending): the positions of those found, and a mask of these."""
     if not len(known):
         return np.zeros(0, np.int32), np.zeros(len(slots), np.bool_)
     last = known[-1]
@@ -214,7 +211,7 @@ def pair_keys(rows: NDArray[np.int32], others: NDArray[np.int32]) -> NDArray[np.
 
 
 def concatenate(blocks: Sequence[RatingBlock]) -> RatingBlock:
-    """One block with the ratings of all; a row that occurs in several blocks is joined."""
+    """Join blocks into one; a row that occurs in several of them is joined too."""
     if len(blocks) == 1:
         return blocks[0]
     if not blocks:
@@ -235,7 +232,7 @@ def concatenate(blocks: Sequence[RatingBlock]) -> RatingBlock:
     if (np.diff(slots[order]) == 0).any():
         rows = np.concatenate([block.entry_rows() for block in blocks])
         return RatingBlock.from_entries(rows, others, values)
-    # Every row is whole in one block, its entries sorted: only rows have to be moved.
+    # No row occurs twice, and its entries are sorted: only whole rows move.
     stops = np.cumsum(counts)
     entries = ranges((stops - counts)[order], stops[order])
     indptr = _starts(counts[order])
@@ -250,9 +247,8 @@ def chunk_numbers(
 ) -> NDArray[np.int32]:
     """The number of each row's stored chunk, int32 (n_rows,).
 
-    Rows of one block are taken in slot order; a chunk is closed once it has `chunk_ratings`, so a
-    row with more ratings than that has a chunk of its own. No two blocks have a number in common
-    (it is congruent to the block), so that it says by itself what to read in a file.
+    Rows of a block fill chunks of about `chunk_ratings` in slot order, and no row is cut. A number
+    is congruent to its block modulo `n_blocks`, so it identifies a chunk among those of all blocks.
     """
     chunks = np.zeros(len(slots), np.int32)
     blocks = slots % n_blocks
@@ -266,7 +262,7 @@ def chunk_numbers(
 def split_into_chunks(
     block: RatingBlock, n_blocks: int, chunk_ratings: int = CHUNK_RATINGS
 ) -> Iterator[tuple[int, int, RatingBlock]]:
-    """(block number, chunk number, ratings) for storage, see `chunk_numbers`."""
+    """Cut into stored chunks (`chunk_numbers`): block number, chunk number and ratings of each."""
     numbers = chunk_numbers(block.slots, block.counts, n_blocks, chunk_ratings)
     order = np.argsort(numbers, kind="stable")
     starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
@@ -296,21 +292,21 @@ def ranges(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.in
 def scatter(
     slots: NDArray[np.int32], rows: NDArray[np.float32], n_slots: int
 ) -> NDArray[np.float32]:
-    """A (n_slots, rank) matrix with `rows` at `slots` and zeros where no row stands."""
+    """A (n_slots, rank) matrix with `rows` at `slots` and zeros elsewhere."""
     dense = np.zeros((n_slots, rows.shape[1]), np.float32)
     dense[slots] = rows
     return dense
 
 
 def _starts(counts: NDArray[np.integer] | NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The `indptr` of rows with so many entries each."""
+    """The `indptr` of rows with these numbers of entries."""
     indptr = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=indptr[1:])
     return indptr
 
 
 def _sort_repeated_pairs(block: RatingBlock) -> None:
-    """Put the ratings of a pair that occurs twice in the order of their values, in place."""
+    """Sort the ratings of a pair that occurs twice by value, in place."""
     twice = block.others[1:] == block.others[:-1]
     twice[block.indptr[1:-1] - 1] = False  # a row's last entry and the next row's first
     if not twice.any():
@@ -322,6 +318,6 @@ def _sort_repeated_pairs(block: RatingBlock) -> None:
 
 
 def raw(array: NDArray[Any], dtype: type[np.generic]) -> memoryview:
-    """The array's little-endian bytes; copied only where not contiguous or of another type."""
+    """The array's little-endian bytes; copied only if not contiguous or of another dtype."""
     buffer: Any = np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8)
     return memoryview(buffer)

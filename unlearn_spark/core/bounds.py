@@ -2,11 +2,9 @@
 
 A row y with ratings from neighbours x solves A y = b. Its gradient g = A y - b is a sum with one
 term for every rating (and, in implicit mode, one global term), so a change of one rating or of one
-neighbour changes g by the difference of a few terms, known without reading the others. The norm of
-that difference, added to what the ledger has, keeps an upper bound of |g| (triangle inequality);
-taken from |b| it keeps a lower bound of that.
-
-NumPy, SciPy and compiled loops; nothing here knows Spark.
+neighbour changes g by the difference of a few terms, known without reading the others. By the
+triangle inequality, an upper bound of |g| plus the norm of that difference is an upper bound again.
+A lower bound of |b| minus the norm of the change of b is a lower bound again.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from scipy import sparse
 from unlearn_spark.core.objective import Objective
 
 SLICE = 200_000
-"""Ratings whose products are formed at a time: 100 MB at rank 64."""
+"""Ratings whose products are formed at a time, which bounds the memory that they take."""
 
 ROUNDING = 1e-9
 """Relative slack on every norm: far above float64's rounding, far below any tolerance."""
@@ -34,7 +32,7 @@ class Terms:
     Attributes
     ----------
     gradient : float64 (n_rows, rank)
-        Their part of A y - b, without the global term of the implicit mode.
+        Their part of A y - b, without the global term of implicit mode.
     b : float64 (n_rows, rank)
         Their part of b.
     """
@@ -62,7 +60,7 @@ def rating_terms(
     x: NDArray[np.float32],
     objective: Objective,
 ) -> Terms:
-    """The terms of some ratings in the equations of the rows that they belong to.
+    """Sum, row by row, the terms of some ratings in their rows' equations.
 
     Explicit: (x.y - r) x + lambda y, and r x in b. Implicit, with c = alpha |r| and p = [r > 0]:
     c (x.y) x - p (1 + c) x + lambda p y, and p (1 + c) x in b.
@@ -70,7 +68,7 @@ def rating_terms(
     Parameters
     ----------
     rows, others : int (n,)
-        For each rating the index of its row in `y` and of the neighbour in `x`.
+        For each rating, the index of its row in `y` and of its neighbour in `x`.
     values : float32 (n,)
     y : float32 (n_rows, rank)
     x : float32 (n_others, rank)
@@ -106,16 +104,17 @@ def moved_norms(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How far the equations of the neighbours change when rows move from `before` to `after`.
 
-    The norms (see `Terms`) of the difference of two `rating_terms` of the transposed ratings,
-    in one pass that keeps no sum but that of the neighbour at hand.
+    These are the `Terms.norms` of the difference of two `rating_terms` of the transposed ratings,
+    computed while holding the sums of only one neighbour.
 
     Parameters
     ----------
     indptr, others, values
         Ratings of the rows that moved, compressed by row: int64 (n + 1,), int32 and float32 (nnz,).
     y : float32 (n_others, rank)
-        The neighbours, which stay as they are.
+        The neighbours, which do not move.
     after, before : float32 (n, rank)
+        The rows that moved.
 
     Returns
     -------
@@ -126,7 +125,7 @@ def moved_norms(
     confidence, in_b = objective.confidences(ratings)
     if confidence is None:
         confidence = np.ones(len(ratings))
-    # Row by row each rating would touch another neighbour's sums, which no cache holds.
+    # By neighbour, because row by row each rating would touch sums that are not in the cache.
     by_row = sparse.csr_array((np.arange(len(ratings)), others, indptr), (len(after), len(y)))
     by_neighbour = by_row.tocsc()
     gradient, b = np.zeros(len(y)), np.zeros(len(y))

@@ -1,7 +1,7 @@
-"""Initial factors that depend on (seed, side, id) alone.
+"""Initial factors that depend only on seed, side and id.
 
-Drawn from a counter-based generator keyed by the id's hash, so the same seed gives the same start
-for any number of blocks, any order of rows and any number of tasks.
+A counter-based generator, keyed by the id's hash, draws them. So a seed gives the same start for
+any number of blocks, any order of rows and any number of tasks.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def initial_factors(
     hashes: NDArray[np.int64], rank: int, seed: int, side: str, nonnegative: bool = False
 ) -> NDArray[np.float32]:
-    """Random directions of unit length, as Spark MLlib starts from.
+    """Random unit vectors, the start of Spark MLlib's ALS.
 
     Parameters
     ----------
     hashes : int64 (n_rows,)
         `xxhash64` of each id.
-    rank
-        Number of columns.
     seed, side
         Any integer, and "user" or "item".
     nonnegative

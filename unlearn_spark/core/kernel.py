@@ -14,11 +14,9 @@ A row with fewer ratings than the rank has, without ``G``, a smaller dual:
 ``x = M' (M M' + ridge I)^-1 d``, an n x n system.
 
 Two engines share this module's checks and its careful path. ``numpy`` calls LAPACK row by row;
-``numba`` (`unlearn_spark.core.simd`) factorises many rows at once in SIMD lanes. Whatever they
-cannot solve well in their own precision - overflow, underflow, a system that is singular to working
-accuracy - is solved again, one row at a time, in float64 with a minimum-norm answer as last resort.
-
-NumPy and SciPy alone; Spark is not known here.
+``numba`` (`unlearn_spark.core.simd`) factorises many rows at once in SIMD lanes. Rows that they
+cannot solve well in their own precision (overflow, underflow, a system that is singular to working
+accuracy) are solved again, one at a time, in float64 with a minimum-norm answer as last resort.
 """
 
 from __future__ import annotations
@@ -69,10 +67,8 @@ class RowSolution:
 
 @dataclass
 class _Equations:
-    """One row's normal equations and what they say about the warm row.
-
-    ``A`` is None where it was not asked for; ``gradient`` and ``quadratic`` are 0 without warm row.
-    """
+    """One row's normal equations (``A`` only if asked for), and the gradient and objective of its
+    warm row (0 without one)."""
 
     A: NDArray[Any] | None
     b: NDArray[np.float64]
@@ -101,12 +97,10 @@ def solve_rows(
         Ratings, compressed by row; `indices` are rows of `other`. A row may name one twice.
     other : float32 (m, k)
         The other side's factors.
-    objective
-        See `Objective`.
     gram : float64 (k, k), optional
         ``other' other`` over the whole other side; implicit mode needs it.
     warm : float32 (n, k), optional
-        Rows to report the gradient and the objective of. They do not influence the minimisers.
+        Rows whose gradient and objective are reported. They do not influence the minimisers.
     active : bool (n,), optional
         Rows to solve; the rest keep their warm row (or 0) and report zeros. All by default.
     dtype
@@ -117,8 +111,8 @@ def solve_rows(
     Returns
     -------
     RowSolution
-        A row without ratings, or in implicit mode without a positive one, is solved by 0. Where
-        lambda = 0 leaves a system singular the answer is its minimum-norm solution.
+        A row without ratings, or in implicit mode without a positive one, is solved by 0. If
+        lambda = 0 leaves a system singular, the answer is its minimum-norm solution.
 
     Raises
     ------
@@ -163,8 +157,8 @@ def row_residuals(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``||A x - b||`` and ``||b||`` of given rows, in float64.
 
-    Shares no arithmetic with the solvers: no system is formed, ``A x - b`` is summed as
-    ``G x + sum (c (y'x) - d) y + ridge x`` in O(nnz k), all of it in float64 and in bounded memory.
+    Shares no arithmetic with the solvers: no system is formed. ``A x - b`` is summed as
+    ``G x + sum (c (y'x) - d) y + ridge x`` in O(nnz k), in float64 and in bounded memory.
 
     Parameters
     ----------
@@ -176,8 +170,8 @@ def row_residuals(
     Returns
     -------
     gradient_norm, b_norm : float64 (n,)
-        With a nonnegative objective the first is the norm of the projected gradient: its negative
-        part alone counts where the factor is 0.
+        With a nonnegative objective the first is the norm of the projected gradient: where the
+        factor is 0, only its negative part counts.
     """
     problem = _problem(indptr, indices, values, other, objective, gram, factors)
     n, rank = len(problem.indptr) - 1, problem.rank
@@ -254,7 +248,7 @@ def _solve_primal(problem: _Problem, found: _Found, row: int, dtype: np.dtype[An
 def _solve_dual(
     problem: _Problem, found: _Found, rows: NDArray[np.int64], n: int, dtype: np.dtype[Any]
 ) -> list[int]:
-    """Rows of `n` < k ratings each, all at once; returns those that need care."""
+    """Solve rows of `n` < k ratings each, all at once; return those that need care."""
     entries = problem.indptr[rows][:, None] + np.arange(n)
     d = problem.values[entries].astype(dtype)
     M = problem.other[problem.indices[entries]].astype(dtype, copy=False)
@@ -326,7 +320,7 @@ def _equations(
 
 
 def _cholesky_solve(A: NDArray[Any] | None, b: NDArray[Any]) -> NDArray[Any] | None:
-    """The solution of ``A x = b``, or None where this precision does not give a good one."""
+    """The solution of ``A x = b``, or None if A's precision does not give a good one."""
     assert A is not None
     k, dtype = len(b), A.dtype
     largest = A.flat[:: k + 1].max(initial=0)
@@ -346,7 +340,7 @@ def _in_range(magnitude: Any, dtype: np.dtype[Any]) -> Any:
 
 
 def _report(problem: _Problem, found: _Found, row: int, equations: _Equations) -> bool:
-    """Write down what the equations say about the warm row; False where it overflowed."""
+    """Record the norms and the objective of the warm row; False if they overflowed."""
     if problem.warm is None:
         return True
     w = problem.warm[row : row + 1].astype(np.float64)
@@ -360,7 +354,7 @@ def _report(problem: _Problem, found: _Found, row: int, equations: _Equations) -
 
 
 def _solve_carefully(problem: _Problem, found: _Found, row: int) -> None:
-    """Any row, whatever its condition and magnitudes; also every nonnegative row."""
+    """Solve a row of any condition and magnitude; every nonnegative row is solved here."""
     equations = _equations(problem, row, np.dtype(np.float64), with_matrix=True)
     A, b = equations.A, equations.b
     assert A is not None
@@ -428,7 +422,7 @@ def solve_nonnegative(A: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray
 
 
 def _active_set(A: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    from scipy.optimize import nnls  # seldom needed, and 20 MB in every worker
+    from scipy.optimize import nnls  # seldom needed, and large in every worker
 
     eigenvalues, vectors = _scaled_spectrum(A)
     root = np.sqrt(eigenvalues)
@@ -452,7 +446,7 @@ def _add_residuals(
     objective = problem.objective
     bounds = problem.indptr[first : last + 1]
     counted = np.zeros(last - first)
-    # More than one turn only where a single row is longer than a step.
+    # More than one turn only if a single row is longer than a step.
     for low in range(int(bounds[0]), int(bounds[-1]), step):
         high = min(low + step, int(bounds[-1]))
         starts = np.clip(bounds[:-1], low, high) - low

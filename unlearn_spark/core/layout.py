@@ -5,21 +5,23 @@ from __future__ import annotations
 import numpy as np
 
 ROWS_PER_BLOCK = 16_384
-"""Rows of one storage block where the number of blocks is chosen from the data: 4 MB at rank 64."""
+"""Rows of a storage block if the data choose their number: a factor file of a few megabytes."""
 
 RATINGS_PER_BLOCK = 50_000
-"""Ratings for which a further block is made: to solve fewer takes less time than a file does."""
+"""Ratings that are worth another block: solving fewer takes less time than writing a file."""
 
 MAX_BLOCKS = 4096
 
 TASK_RATINGS = 1_000_000
-"""Fewer are not spread over several tasks."""
+"""Ratings that are worth another task: solving fewer takes less time than scheduling one."""
 
 
 def choose_blocks(n_rows: int, n_ratings: int, parallelism: int, wanted: int | None) -> int:
-    """Storage blocks: as told, else a power of two: about `ROWS_PER_BLOCK` rows each, at least
-    eight, and at least one for each task slot, because a block is the least that a task takes;
-    fewer only where each would have less than `RATINGS_PER_BLOCK` ratings."""
+    """Number of storage blocks of a side: `wanted`, or by default a power of two.
+
+    A block gets about `ROWS_PER_BLOCK` rows. If each can have `RATINGS_PER_BLOCK` ratings, there
+    are at least eight blocks, and one for each task slot because a task takes whole blocks.
+    """
     if wanted is not None:
         return wanted
     worthwhile = max(1, n_ratings / RATINGS_PER_BLOCK)
@@ -28,9 +30,8 @@ def choose_blocks(n_rows: int, n_ratings: int, parallelism: int, wanted: int | N
 
 
 def choose_parts(n_ratings: int, n_blocks: int, part_ratings: int, parallelism: int) -> int:
-    """Tasks of a half-sweep: enough for every core and for memory, a divisor of `n_blocks`."""
+    """Number of tasks of a half-sweep: a divisor of `n_blocks`, enough for cores and memory."""
     needed = -(-n_ratings // part_ratings)
-    # A sweep of a million ratings takes a fraction of a second: less is not worth a task.
     useful = max(1, min(parallelism, n_ratings // TASK_RATINGS))
     target = max(needed, useful)
     divisors = [d for d in range(1, n_blocks + 1) if n_blocks % d == 0]

@@ -1,10 +1,8 @@
 """The ledger while a night works on it: entries of many rows as plain arrays, a page at a time.
 
-A page holds every row of some blocks of one side (`Paging`), and the changes in their ratings that
-are not packed into the rating blocks yet. Steps of the frontier loop are a few passes over
-its arrays; as rows of a table each of them would be half a dozen Spark jobs.
-
-NumPy only: nothing here knows Spark.
+A page holds all rows of some blocks of one side (`Paging`), and the changes of their ratings that
+are not packed into the rating blocks yet. On pages, a step of the frontier loop is a few passes
+over arrays; on a table of single rows it would be several Spark jobs.
 """
 
 from __future__ import annotations
@@ -20,34 +18,33 @@ from unlearn_spark.core.blocks import RatingBlock, concatenate, places_in, raw
 from unlearn_spark.core.objective import relative_residual
 
 PAGE_ROWS = 100_000
-"""Rows of both sides that one task has before it, about."""
+"""Rows of both sides that one task handles, approximately."""
 
 MOST_CHUNKS = 512
-"""Beyond this many chunks whole blocks are looked through."""
+"""Most chunks that are listed by number; beyond it, whole blocks are read."""
 
 CHOICES = ("over_tau", "last_round", "candidates")
-"""Which rows a round may look at: those over tau; those that the last round looked at; or these and
-the rows over the mark."""
+"""Which rows a round may look at: those over tau; those that the last round looked at; or those
+that the last round looked at and those over the mark."""
 
 
 @dataclass(frozen=True)
 class Paging:
-    """Which page a row lies in: with all others of its block, so that pages are written back as
-    whole files.
+    """Which page a row lies in. A page holds whole blocks, so it is written back as whole files.
 
     Attributes
     ----------
     keys
-        By number of a page the key by which Spark groups it.
+        By page number: the key by which Spark groups the page.
     n_blocks
-        By side.
+        By side: its number of blocks.
     """
 
     keys: tuple[int, ...]
     n_blocks: Mapping[str, int]
 
     def split(self, side: str, slots: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.intp]]]:
-        """(key of a page, places in `slots` of its rows)."""
+        """Group slots by page: (key of the page, positions in `slots` of its rows)."""
         numbers = slots % np.int32(self.n_blocks[side]) % np.int32(len(self.keys))
         for number in np.unique(numbers):
             yield self.keys[number], np.flatnonzero(numbers == number)
@@ -65,7 +62,7 @@ class RatingChanges:
     signs : int32 (n,)
         -1 removes the pair, +1 adds it.
     order : int64 (n,)
-        The model version that brought the change; the newest of a pair counts.
+        The model version that brought the change; the newest change of a pair counts.
     """
 
     rows: NDArray[np.int32]
@@ -78,11 +75,11 @@ class RatingChanges:
         return len(self.rows)
 
     def of(self, keep: NDArray[np.bool_]) -> RatingChanges:
-        """Only some of them."""
+        """Only the changes where `keep` is true."""
         return RatingChanges(*(getattr(self, field.name)[keep] for field in fields(self)))
 
     def applied(self, block: RatingBlock) -> RatingBlock:
-        """The block with these changes; rows that lost all their ratings are gone."""
+        """The block after these changes, without the rows that lost all their ratings."""
         if not len(self):
             return block
         order = np.lexsort((self.signs, self.order, self.others, self.rows))
@@ -105,20 +102,20 @@ NO_CHANGES = RatingChanges(
 
 @dataclass(frozen=True)
 class Summary:
-    """How the rows of a page, or of a side, stand.
+    """The state of a page or of a whole side.
 
     Attributes
     ----------
     over
-        Rows whose bound exceeds tau.
+        Number of rows whose bound exceeds tau.
     worst
         The largest bound.
     solved, solved_blocks
-        Rows that were re-solved tonight, and the blocks in which they lie.
+        Number of rows that were re-solved tonight, and the blocks that hold them.
     ratings
-        By choice (`CHOICES`): ratings of its rows.
+        By choice (`CHOICES`): the number of ratings of its rows.
     chunks
-        By choice: stored chunks in which its rows lie; None where these are too many to list.
+        By choice: the stored chunks that hold its rows; None if more than `MOST_CHUNKS`.
     """
 
     over: int
@@ -158,17 +155,19 @@ class Page:
     slots : int32 (n,)
         Ascending.
     chunks : int32 (n,)
-        In which stored chunk of its block a row's packed ratings are; -1: it has none.
+        The stored chunk that holds the row's packed ratings; -1: it has none.
     n_ratings : int32 (n,)
     gradient_norm : float64 (n,)
         Upper bounds of ||A x - b||.
     b_norm : float64 (n,)
         Lower bounds of ||b||.
     factor_norm : float64 (n,)
-    last_round, solved : bool (n,)
-        The last round looked at the row, and was small enough for that to be of use; the row was
-        re-solved tonight.
+    last_round : bool (n,)
+        The last round looked at the row, and the next may do so again (`rounds.looks_again`).
+    solved : bool (n,)
+        The row was re-solved tonight.
     changes
+        Changes of the rows' ratings since the blocks were packed.
     """
 
     slots: NDArray[np.int32]
@@ -188,7 +187,7 @@ class Page:
         touched: Mapping[str, NDArray[np.int32]],
         changes: RatingChanges,
     ) -> Page:
-        """The page of the rows that have ratings now.
+        """The page at the start of a night: the rows that have ratings.
 
         Parameters
         ----------
@@ -196,8 +195,8 @@ class Page:
             slots, chunks, n_ratings, gradient_norm, b_norm, factor_norm: the entries of the
             published model.
         touched
-            slots and n_ratings of rows whose ratings changed, as they are now; with none they
-            leave. One that has no entry is new, and must be solved.
+            slots and new n_ratings of the rows whose ratings changed. Rows with none left are
+            dropped. A row without an entry is new and gets an infinite bound.
         """
         slots = np.union1d(stored["slots"], touched["slots"])
         n = len(slots)
@@ -218,7 +217,7 @@ class Page:
         return cls(slots=slots[here], **kept, last_round=false, solved=false, changes=changes)
 
     def bound(self, floor: float) -> NDArray[np.float64]:
-        """Upper bounds of the rows' residuals, which are relative to `floor` at least."""
+        """Upper bounds of the rows' residuals (`relative_residual`), float64 (n,)."""
         return relative_residual(self.gradient_norm, self.b_norm, floor)
 
     def pushed(
@@ -229,20 +228,20 @@ class Page:
         drift: float = 0.0,
         force: bool = False,
     ) -> Page:
-        """The entries after changes of known norm.
+        """The page after changes of known norm.
 
         Parameters
         ----------
         slots, gradient, b
-            Rows, here or not and any number of times, and the norms by which their gradient and b
-            changed.
+            Rows, and the norms of the changes of their gradient and b. Rows may repeat; those of
+            other pages are ignored.
         drift
-            By how much the other side's Gram matrix changed: it disturbs every row, in proportion
-            to its factor norm.
+            How much the other side's Gram matrix changed (`bounds.drift`). It disturbs every row in
+            proportion to its factor norm.
         force
-            Rows that are named must be solved.
+            Make the bounds of the named rows infinite, so that they are solved.
         """
-        order = np.lexsort((b, gradient, slots))  # one order of every sum
+        order = np.lexsort((b, gradient, slots))  # so that sums do not follow arrival order
         slots, gradient, b = slots[order], gradient[order], b[order]
         places, known = places_in(slots, self.slots)
         n = len(self.slots)
@@ -260,17 +259,16 @@ class Page:
         solved: NDArray[np.bool_],
         again: bool,
     ) -> Page:
-        """The entries after a round that looked at these rows of the page.
+        """The page after a round that looked at these rows.
 
         Parameters
         ----------
         norms
-            gradient_norm, b_norm, factor_norm of the rows as they are now: true values, which
-            replace the bounds.
+            True gradient_norm, b_norm, factor_norm of the rows, which replace the bounds.
         solved
-            Which were re-solved.
+            Which of the rows were re-solved.
         again
-            The next round may look at them along with others.
+            Whether the next round may look at them again.
         """
         places, known = places_in(slots, self.slots)
         arrays = {}
@@ -283,7 +281,7 @@ class Page:
         return replace(self, **arrays, last_round=last_round, solved=all_solved)
 
     def chosen(self, name: str, tau: float, mark: float, floor: float) -> NDArray[np.bool_]:
-        """Which rows a choice means."""
+        """Mask of the rows that a choice (`CHOICES`) selects."""
         if name == "over_tau":
             return self.bound(floor) > tau
         return (
@@ -293,7 +291,7 @@ class Page:
         )
 
     def summary(self, n_blocks: int, tau: float, mark: float, floor: float) -> Summary:
-        """How the page stands."""
+        """The state of the page."""
         bound, blocks = self.bound(floor), self.slots % n_blocks
         ratings: dict[str, int] = {}
         chunks: dict[str, frozenset[int] | None] = {}
@@ -312,13 +310,13 @@ class Page:
         )
 
     def of(self, keep: NDArray[np.bool_]) -> Page:
-        """Only some of the rows, with their changes."""
+        """Only the rows where `keep` is true, with their changes."""
         arrays = {name: getattr(self, name)[keep] for name in _ARRAYS}
         mine = np.isin(self.changes.rows, arrays["slots"])
         return Page(**arrays, changes=self.changes.of(mine))
 
     def split(self, n_parts: int) -> Iterator[tuple[int, Page]]:
-        """(part, its rows), a row belongs to part `slot % n_parts`."""
+        """Cut into (part, its rows); a row belongs to part `slot % n_parts`."""
         parts = self.slots % n_parts
         for part in np.unique(parts):
             yield int(part), self.of(parts == part)
@@ -331,7 +329,7 @@ class Page:
 
     @classmethod
     def from_binary(cls, columns: Mapping[str, Any]) -> Page:
-        """The reverse; views on the buffers."""
+        """The page from buffers made by `to_binary`; the arrays are views."""
         arrays = {name: np.frombuffer(columns[name], kind) for name, kind in COLUMNS.items()}
         changes = RatingChanges(*(arrays.pop(f"change_{name}") for name in _CHANGES))
         return cls(**arrays, changes=changes)

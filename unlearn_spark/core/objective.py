@@ -1,4 +1,4 @@
-"""What is minimised, and the arrays that the kernels share."""
+"""The objective, the arrays that the kernels share, and the residual with its floor."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 SCRATCH_BYTES = 16 << 20
-"""Largest scratch array. A few of them live at a time, whatever the sizes of the rows."""
+"""Largest scratch array, so that memory does not grow with the longest row."""
 
 DUAL_ERROR = 2e-6
-"""Rounding error of a dual system, relative to its right-hand side, above which float64 is used."""
+"""Largest tolerated rounding error of a dual system, relative to its right-hand side."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised; the names and meanings are MLlib's.
+    """The objective of ALS; names and meanings are MLlib's.
 
     Attributes
     ----------
@@ -39,14 +39,14 @@ class Objective:
     nonnegative: bool = False
 
     def confidences(self, values: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]:
-        """``(c, d)`` of ratings, in their dtype; ``c`` is None where it is 1 throughout."""
+        """Confidences c (None in explicit mode: all 1) and targets d of ratings, in their dtype."""
         if not self.implicit_prefs:
             return None, values
         c = values.dtype.type(self.alpha) * np.abs(values)
         return c, np.where(values > 0, 1 + c, 0)
 
     def ridge(self, values: NDArray[Any]) -> float:
-        """lambda times the number of ratings that count, for one row's ratings."""
+        """lambda times the number of a row's ratings (implicit: of its positive ratings)."""
         n = np.count_nonzero(values > 0) if self.implicit_prefs else len(values)
         return self.reg_param * n
 
@@ -75,7 +75,7 @@ class _Problem:
 
 @dataclass
 class _Found:
-    """The growing answer."""
+    """The answer, which an engine fills in row by row."""
 
     factors: NDArray[np.float32]
     gradient_norm: NDArray[np.float64]
@@ -90,11 +90,11 @@ class _Found:
 def relative_residual(
     gradient_norm: NDArray[np.float64], b_norm: NDArray[np.float64], floor: float = 0.0
 ) -> NDArray[np.float64]:
-    """``||A x - b|| / max(||b||, floor)`` by row: 0 where the numerator is 0, inf where the
-    denominator alone is.
+    """``||A x - b|| / max(||b||, floor)`` by row: 0 where the numerator is 0, inf where only the
+    denominator is.
 
-    A row that vanishes from the model has both norms fall together, sweep after sweep, so that
-    their plain ratio never does. The `floor` (`floor_of`) is what such a row is measured by.
+    The factors of some rows vanish, sweep by sweep. Both norms then fall together and their ratio
+    does not, so below the `floor` (`floor_of`) the residual is relative to the floor.
     """
     g = np.asarray(gradient_norm, np.float64)
     denominator = np.maximum(np.asarray(b_norm, np.float64), floor)
@@ -103,22 +103,22 @@ def relative_residual(
 
 
 def safe_range(dtype: np.dtype[Any]) -> tuple[float, float]:
-    """Magnitudes of A's diagonal and of b that arithmetic in `dtype` is trusted with."""
+    """Least and largest magnitude of A's diagonal and of b that `dtype` is trusted with."""
     return (1e-30, 1e30) if dtype == np.float32 else (1e-280, 1e280)
 
 
 FLOOR_SHARE = 1e-3
-"""Of a side's typical right-hand side: rows whose own is smaller are judged by this."""
+"""The floor of a side, as a share of its typical right-hand side."""
 
 
 def target_magnitudes(
     indptr: NDArray[np.int64], values: NDArray[np.float32], objective: Objective
 ) -> Counter[int]:
-    """How many rows have right-hand sides of which magnitude, whatever their neighbours are.
+    """Histogram of the magnitudes of right-hand sides, estimated without any factors.
 
-    A row with targets ``d`` has ``b = M' d``, about as long as ``||d||`` times a neighbour. Factors
-    whose products are the targets are about the root of these: of a row's root mean square target
-    in explicit mode, and of 1 in implicit mode, where they approximate a preference in {0, 1}.
+    A row with targets ``d`` has ``b = M' d``, about as long as ``||d||`` times a neighbour. A
+    neighbour is about the root of what products of factors approximate: the row's root mean square
+    target in explicit mode, and a preference of 1 in implicit mode.
 
     Parameters
     ----------
@@ -128,8 +128,8 @@ def target_magnitudes(
     Returns
     -------
     Counter
-        Rows by the binary exponent e of their magnitude, which is in [2^e, 2^(e + 1)), without
-        those that have no target but 0. Counts of a side's parts add up to those of the side.
+        Number of rows by the binary exponent e of their magnitude, which is in [2^e, 2^(e + 1)).
+        Rows with no target but 0 are left out. Counts of a side's parts add up to the side's.
     """
     counts = np.diff(indptr)
     squares = np.zeros(len(counts))
@@ -149,9 +149,9 @@ def target_magnitudes(
 
 def floor_of(magnitudes: Counter[int]) -> float:
     """The least denominator of a side's residuals: `FLOOR_SHARE` of the median magnitude
-    (`target_magnitudes`), which is rounded down to a power of two; 0 where there is no row.
+    (`target_magnitudes`), rounded down to a power of two; 0 if there is no row.
 
-    It comes from counts alone, so that partitions and orders of summation do not show in it.
+    It depends only on counts, so neither partitions nor the order of a sum change it.
     """
     rows = np.array([magnitudes[exponent] for exponent in sorted(magnitudes)])
     if not rows.sum():
@@ -161,7 +161,7 @@ def floor_of(magnitudes: Counter[int]) -> float:
 
 
 def _row_chunks(indptr: NDArray[np.int64], step: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of rows with about `step` ratings; a longer row makes a range alone."""
+    """Consecutive ranges of rows with about `step` ratings; a longer row is its own range."""
     first, n = 0, len(indptr) - 1
     while first < n:
         last = int(np.searchsorted(indptr, indptr[first] + step, side="right")) - 1

@@ -1,11 +1,9 @@
 """A patch: rows of one or both sides that one task solves together.
 
 The rows of the two sides are solved in turn, each from the newest factors of the other, until none
-of them is over tau. Whatever lies outside stands still meanwhile, so that only the net move of
-a patch is pushed. A user and an item that hardly anybody else has rated pull each other for dozens
-of turns: within a patch such a turn costs microseconds, between patches it costs Spark jobs.
-
-NumPy and the kernels; nothing here knows Spark.
+of them is over tau. All other rows stand still meanwhile, so only the net move of a patch is
+pushed to them. A user and an item that hardly anybody else has rated may pull at each other for
+many turns: within a patch a turn is a little arithmetic, between patches it costs Spark jobs.
 """
 
 from __future__ import annotations
@@ -27,26 +25,26 @@ if TYPE_CHECKING:
     from unlearn_spark.core.solver import Solver
 
 MOST_TURNS = 2000
-"""After so many half-sweeps of a patch the night goes on with what is over tau by then."""
+"""Most half-sweeps of a patch; rows that are still over tau then are left to the next round."""
 
 
 @dataclass(frozen=True)
 class PatchSide:
-    """What a patch has of one side.
+    """One side of a patch before it is solved.
 
     Attributes
     ----------
     known : int32 (n,)
-        Ascending slots of the rows whose factors are here: those of the patch and all of their
-        neighbours.
+        Ascending slots of the rows of this side that have factors here: the patch's own rows and
+        all neighbours of its rows on the other side.
     factors : float32 (n, rank)
-        As they are before the patch.
+        Their factors before the patch.
     ratings
-        Those of the rows to look at, all of them; no rows where this side stands still.
+        All ratings of the rows to look at; without rows if this side stands still.
     forced : bool (ratings.n_rows,)
-        Rows to solve even where they are under the mark.
+        Rows to solve even if they are under the mark.
     floor
-        What this side's residuals are relative to at least.
+        The least denominator of this side's residuals (`floor_of`).
     eager
         Solve down to the mark at the first turn, even if no row proves to be over tau.
     """
@@ -61,7 +59,7 @@ class PatchSide:
 
 @dataclass(frozen=True)
 class PatchResult:
-    """What a patch did to one side.
+    """One side of a patch after it is solved.
 
     Attributes
     ----------
@@ -69,7 +67,7 @@ class PatchResult:
         The rows looked at.
     factors : float32 (n, rank)
     gradient_norm, b_norm : float64 (n,)
-        Their true residuals' parts at the end.
+        Their true ||A x - b|| and ||b|| at the end.
     solved : bool (n,)
         Rows that were solved at least once.
     push_slots : int32 (m,)
@@ -79,8 +77,8 @@ class PatchResult:
     gram_change : float64 (rank, rank)
         Change of this side's X'X.
     solved_rows, solved_ratings, scanned_ratings
-        Work done: rows solved and their ratings, counted at each turn, and ratings whose residual
-        was computed.
+        Work done: rows solved, their ratings, and ratings whose residual was computed. Each counts
+        again at every turn.
     """
 
     slots: NDArray[np.int32]
@@ -116,19 +114,19 @@ def solve_patch(
     """Solve the rows of a patch until none is over tau, within `most_turns` half-sweeps.
 
     An eager side at its first turn, and any side with a row over tau, is solved down to the mark.
-    In implicit mode every move disturbs every row a little, and going on and on would
-    be whole sweeps, which are better accelerated: hence `spare`.
+    In implicit mode every move disturbs every row a little. Endless turns would amount to whole
+    sweeps without acceleration, so `spare` limits them.
 
     Parameters
     ----------
     tau, mark
         Relative residuals, mark <= tau.
     grams
-        By side: float64 (rank, rank), X'X over the whole side before the patch; needed in
-        implicit mode, where it follows the moves.
+        By side: X'X over the whole side before the patch, float64 (rank, rank). Needed in implicit
+        mode, where every move updates it.
     spare
-        Ratings of rows that may be solved after the first turn of their side, each counted
-        whenever its row is solved.
+        Most ratings of rows solved after the first turn of their side; a rating counts again each
+        time its row is solved.
 
     Raises
     ------
@@ -146,13 +144,13 @@ def solve_patch(
         moved = workers[side].turn(workers[other_side(side)], tau, mark, left)
         workers[other_side(side)].disturb(workers[side], moved)
         side = other_side(side)
-    for side, worker in workers.items():  # of use where the turns ran out
+    for side, worker in workers.items():  # some rows are stale only if the turns ran out
         worker.look(workers[other_side(side)], worker.stale)
-    return {side: workers[side].settled(workers[other_side(side)]) for side in SIDES}
+    return {side: workers[side].result(workers[other_side(side)]) for side in SIDES}
 
 
 class _Side:
-    """A side while its patch is worked on."""
+    """One side of a patch while it is solved."""
 
     def __init__(
         self,
@@ -179,7 +177,7 @@ class _Side:
         self.solved_rows = self.solved_ratings = self.scanned_ratings = 0
 
     def look(self, other: _Side, keep: NDArray[np.bool_]) -> None:
-        """Compute the residuals of some rows."""
+        """Compute the residuals of the rows where `keep` is true."""
         part = self.ratings.rows(keep)
         self.gradient_norm[keep], self.b_norm[keep] = row_residuals(
             part.indptr,
@@ -193,10 +191,13 @@ class _Side:
         self.scanned_ratings += part.n_ratings
 
     def turn(self, other: _Side, tau: float, mark: float, most: float) -> NDArray[np.bool_]:
-        """Look at the stale rows, and if that asks for it solve the rows over the mark, unless
-        it is not the first turn and these have more than `most` ratings; returns which."""
+        """Look at the stale rows and solve those over the mark; return the mask of solved rows.
+
+        Rows are solved if one is forced or over tau, and at the first turn of an eager side. After
+        the first turn nothing is solved if it has more than `most` ratings.
+        """
         needs = self.forced.copy()
-        self.look(other, self.stale & ~needs)  # at the others when they are solved
+        self.look(other, self.stale & ~needs)  # forced rows follow once they are solved
         residual = relative_residual(self.gradient_norm, self.b_norm, self.floor)
         if (self.eager and not self.turned) or needs.any() or (residual > tau).any():
             needs |= residual > mark
@@ -222,7 +223,7 @@ class _Side:
         return needs
 
     def disturb(self, other: _Side, moved: NDArray[np.bool_]) -> None:
-        """The other side's rows `moved` have new factors: what depends on them is stale."""
+        """Mark the rows as stale that depend on the other side's rows `moved`."""
         if self.gram is not None:
             self.stale |= bool(moved.any())  # the Gram matrix is in every equation
             return
@@ -230,8 +231,8 @@ class _Side:
         here[other.places[moved]] = True
         self.stale[self.entry_rows[here[self.ratings.others]]] = True
 
-    def settled(self, other: _Side) -> PatchResult:
-        """The end: what moved here, and what the other side's moves did to rows outside."""
+    def result(self, other: _Side) -> PatchResult:
+        """What moved on this side, and how the other side's moves changed rows outside."""
         gradient = b = np.zeros(len(self.known))
         if other.solved.any():
             moves = other.ratings.rows(other.solved)
@@ -266,7 +267,7 @@ class _Side:
 
 
 def places_among(slots: NDArray[np.int32], known: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Where in `known` (ascending) the slots stand, which must all be there."""
+    """The positions of slots in `known` (ascending). Raises ValueError if one is not there."""
     places, here = places_in(slots, known)
     if not here.all():
         raise ValueError("a rating names a row without factors; the rating blocks are damaged")

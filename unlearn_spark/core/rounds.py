@@ -9,7 +9,7 @@ both sides solves its retained ratings' equations to tau, and nothing else has t
 it. The idea of starting from the trained factors is Unlearn-ALS (Xu et al. 2023, arXiv
 2302.06676); the bounds make it local.
 
-The loop and its decisions are here, once; what a round does is an engine's matter (`Frontier`).
+This module holds the loop and its decisions; an engine does the work of a round (`Frontier`).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ class Policy:
     Attributes
     ----------
     large_changes, large_share
-        A night that changes so many ratings, and this share of all, sweeps everything at once: to
-        put them into the ledger would take longer than to encode the ratings anew.
+        A night that changes at least this many ratings, and at least this share of all, sweeps
+        everything at once: updating the ledger would take longer than encoding the ratings anew.
     most_sweeps, share_of_training
-        Work in rounds, in sweeps, after which sweeping everything is thought to be cheaper: so
-        many, or this share of what the training took where that is more.
+        Rounds give way to whole sweeps after this many sweeps of work, or after this share of the
+        training's sweeps if that is more.
     patch_ratings
-        A round with no more ratings takes along what the round before looked at and what is over
-        the mark: rows of the two sides may pull at each other.
+        A patch of at most this many ratings also includes the rows that the last round looked at
+        and the rows over the mark, because rows of the two sides may pull at each other.
     lazy_rounds
-        In the first rounds with more ratings only rows over tau are looked at. Later ones take all
-        that is over the mark, as bounds that creep up to tau together would cause many tiny rounds.
+        In this many first rounds a larger patch includes only rows over tau. Later it includes all
+        rows over the mark: bounds that creep up to tau together would cause many tiny rounds.
     together_ratings
-        More ratings of both sides are too many for one task while the others wait.
+        A patch with more ratings is cut to one side: in one task it would keep the others waiting.
     spare_share, spare_ratings
-        What a patch may solve again and again within a round: this share of a sweep's ratings, or
-        so many where that is more.
+        Ratings that a patch may solve again within a round: this share of a sweep's ratings, or
+        this many if that is more.
     """
 
     large_changes: int = 250_000
@@ -63,7 +63,7 @@ POLICY = Policy()
 
 @dataclass
 class Work:
-    """Arithmetic done so far, and the size of a sweep to measure it by."""
+    """Arithmetic done so far, and the model's size, from which follows that of a sweep."""
 
     rank: int
     ratings: int
@@ -71,12 +71,12 @@ class Work:
     done: float = 0.0
 
     def add(self, ratings: int, rows: int, scanned: int = 0) -> None:
-        """Solves of `rows` rows with `ratings` ratings, and residuals of `scanned` ratings."""
+        """Count solves of `rows` rows with `ratings` ratings and residuals of `scanned` ratings."""
         self.done += ratings * self.rank**2 + rows * self.rank**3 + scanned * self.rank
 
     @property
     def sweeps(self) -> float:
-        """In units of one full sweep: ratings on both sides x rank^2 + rows x rank^3."""
+        """Work in units of one full sweep: ratings on both sides x rank^2 + rows x rank^3."""
         whole = 2 * self.ratings * self.rank**2 + self.rows * self.rank**3
         return self.done / whole if whole else 0.0
 
@@ -87,29 +87,27 @@ class Work:
 
 
 class Frontier(Protocol):
-    """The ledger and the factors of a night, as an engine holds them."""
+    """An engine's side of the loop: it holds a night's ledger and factors and does its rounds."""
 
     rounds: int
     work: Work
 
     def summary(self) -> Mapping[str, Summary]:
-        """How each side stands."""
+        """The state of each side."""
         ...
 
     def resolve(
         self, patch: Mapping[str, str], state: Mapping[str, Summary], eager: Container[str]
     ) -> None:
-        """A round: scan the rows of a patch, re-solve those over the mark (`patch.solve_patch`),
-        and push what moved into the rows outside; count the round and its work.
+        """Do one round: scan the rows of a patch, re-solve those over the mark
+        (`patch.solve_patch`), push what moved into the rows outside, and count round and work.
 
         Parameters
         ----------
         patch
-            By side which rows (`ledger_page.CHOICES`).
-        state
-            How each side stands before.
-        eager
-            The sides with rows over tau.
+            By side: which rows to look at (`ledger_page.CHOICES`).
+        state, eager
+            The state of each side before the round, and the sides with rows over tau.
         """
         ...
 
@@ -122,17 +120,15 @@ def run_rounds(
     part_ratings: int,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Mapping[str, Summary] | None:
-    """Rounds until no bound exceeds tau; returns how the sides stand then, or None when the loop is
-    not the cheaper way.
+    """Do rounds until no bound exceeds tau; return the state of each side at the end, or None if
+    whole sweeps should take over.
 
     Parameters
     ----------
-    max_rounds
-        `unlearn.max_rounds`.
+    max_rounds, part_ratings
+        The settings of these names.
     training_sweeps
-        Sweeps that the model's training took; 0 where that is not known.
-    part_ratings
-        Ratings that one task may hold.
+        Sweeps that the model's training took; 0 if unknown.
     """
     while True:
         state = frontier.summary()
@@ -151,43 +147,33 @@ def run_rounds(
 
 
 def sweeps_at_once(n_changes: int, n_ratings: int) -> bool:
-    """Is sweeping everything the quicker way for so many changes of a model of so many ratings?"""
+    """Whether a night with `n_changes` changed ratings of `n_ratings` skips the rounds."""
     return n_changes >= max(POLICY.large_changes, POLICY.large_share * n_ratings)
 
 
 def looks_again(ratings: int) -> bool:
-    """May the next round look again at the rows of a patch with so many ratings?"""
+    """Whether the next round may look again at the rows of a patch with this many ratings."""
     return ratings <= POLICY.patch_ratings
 
 
 def gives_up(rounds: int, max_rounds: int, work: Work, training_sweeps: int) -> bool:
-    """Has a night done so much in rounds that it should sweep everything instead?
-
-    Parameters
-    ----------
-    training_sweeps
-        Sweeps that the model's training took; 0 where that is not known.
-    """
+    """Whether a night has done so much in rounds that whole sweeps should take over."""
     most = max(POLICY.most_sweeps, POLICY.share_of_training * training_sweeps)
     return rounds >= max_rounds or work.sweeps > most
 
 
 def choose_patch(state: Mapping[str, Summary], rounds: int, part_ratings: int) -> dict[str, str]:
-    """What the next round looks at: by side which rows (`ledger_page.CHOICES`).
+    """Choose what the next round looks at: by side, which rows (`ledger_page.CHOICES`).
 
-    While that is little, the rows over the mark and those that the round before looked at, so that
-    rows of the two sides that pull at each other are settled together. Else at first the rows over
-    tau, later those over the mark; and where no single task can hold both sides, one of them,
-    spread over tasks.
+    A small patch includes the rows over the mark and those that the last round looked at, so that
+    rows of the two sides that pull at each other are solved together. A large one includes at
+    first the rows over tau, later those over the mark. If one task cannot hold both sides
+    (`part_ratings`), the patch is one side, spread over tasks.
 
     Parameters
     ----------
-    state
-        How each side stands; a row of one of them is over tau.
-    rounds
-        Rounds done.
-    part_ratings
-        Ratings that one task may hold.
+    state, rounds
+        The state of each side, at least one with a row over tau, and the number of rounds done.
     """
     over = [side for side in SIDES if state[side].over]
     patch = {side: "candidates" if side in over else "last_round" for side in SIDES}

@@ -1,9 +1,9 @@
 """The numba engine: Gram matrices and Cholesky factors at the speed of the vector units.
 
-LAPACK solves one small system at a time at 10-20 GFLOP/s, because a 64 x 64 factorisation is too
-short to fill a pipeline. Here as many rows as a vector register has lanes (16 in float32 with
-AVX-512) are factorised *together*: every scalar of the textbook algorithm becomes a vector with one
-entry for each row, and no lane ever waits for another.
+LAPACK solves one small system at a time, and slowly: a 64 x 64 factorisation is too short to fill a
+pipeline. Here as many rows as a vector register has lanes (16 in float32 with AVX-512) are
+factorised *together*: every scalar of the textbook algorithm becomes a vector with one entry for
+each row, and no lane ever waits for another.
 
     ratings of a row -- gather --> M (slices that fit the first-level cache)
                      -- Gram ----> A of that row, row-major      (staged, one for each lane)
@@ -11,11 +11,10 @@ entry for each row, and no lane ever waits for another.
                      -- factorise, substitute --> x[i][lane]
 
 The loops that must keep their accumulators in registers (Gram tile, Cholesky tile) are emitted as
-LLVM vector code, since no auto-vectoriser finds them; the rest is plain numba. Nothing here judges
-more than one thing: whether a row was solved well. Rows that were not go back to
-`unlearn_spark.core.kernel`, which solves them in float64.
+LLVM vector code, because no auto-vectoriser finds them; the rest is plain numba. Rows that cannot
+be solved well here go back to `unlearn_spark.core.kernel`, which solves them in float64.
 
-Single thread: Spark runs one such worker for each core.
+Single thread: Spark runs one worker for each core.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ if TYPE_CHECKING:
 
 _AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
 LANE_BYTES = 64 if _AVX512 else 32
-"""Width of a vector. The tiles below are as large as 32 (AVX-512) or 16 registers allow."""
+"""Width of a vector. The tiles below fill the 32 (AVX-512) or 16 registers."""
 TILE = 4 if _AVX512 else 2
 """Cholesky tiles are TILE x TILE vectors."""
 GRAM_ROWS = 8 if _AVX512 else 4
 """Gram tiles are GRAM_ROWS x (1 to 3) vectors."""
 SLICE_BYTES = 24 << 10
-"""Gathered ratings at a time: most of a first-level cache."""
+"""Bytes of factors gathered at a time: most of a first-level cache."""
 FLUSH = 1024
-"""Ratings whose products are summed in the working precision before float64 takes over."""
+"""Ratings whose products are summed in the working precision before they go to a float64 sum."""
 
 NORMAL, ZERO, UNSOLVED = 0, 1, 2
 
@@ -310,9 +309,8 @@ def _add_gram(zero, dim, M, terms, A):  # type: ignore[no-untyped-def]
 
 @_jit
 def _finish_row(A, n, ridge, right, b, low, high, dim):  # type: ignore[no-untyped-def]
-    """Add the ridge, pad with the identity, copy b; return A's largest diagonal entry.
-
-    The answer is -1 where a magnitude is out of range."""
+    """Add the ridge, pad with the identity, copy b; return A's largest diagonal entry, or -1 if a
+    magnitude is out of range."""
     largest = A[0, 0] * 0
     for i in range(n):
         A[i, i] += ridge
@@ -332,7 +330,7 @@ def _finish_row(A, n, ridge, right, b, low, high, dim):  # type: ignore[no-untyp
 
 @_jit
 def _report(g, b, q, norms, at, rank):  # type: ignore[no-untyped-def]
-    """Write ||g||, ||b|| and q of one row; False where one overflowed."""
+    """Write ||g||, ||b|| and q of one row; return False if ||g|| or q overflowed."""
     gg, bb = 0.0, 0.0
     for j in range(rank):
         gg += g[j] * g[j]
@@ -420,7 +418,7 @@ def _solve_primal(  # type: ignore[no-untyped-def]
     zero, eps, low, high, indptr, indices, values, other, implicit, alpha, reg_param, gram,
     warm, pulls, rows, M, pair, products, stage, right, L, inverse, factors, norms, state,
 ):  # fmt: skip
-    """Rows by their k x k systems; `norms` (len(rows), 3) and `state` (len(rows),) are written."""
+    """Solve rows by k x k systems; write `norms` (len(rows), 3) and `state` (len(rows),)."""
     rank = other.shape[1]
     width = M.shape[1]
     step = M.shape[0]
@@ -540,7 +538,7 @@ def _solve_dual(  # type: ignore[no-untyped-def]
     zero, eps, low, high, dual_error, indptr, indices, values, other, reg_param,
     warm, rows, gathered, stage, right, L, inverse, factors, norms, state,
 ):  # fmt: skip
-    """Rows with fewer ratings than the rank, in ascending order of size, by n x n systems."""
+    """Solve rows of n < rank ratings by n x n systems; rows come in ascending order of n."""
     rank = other.shape[1]
     lanes = LANE_BYTES // gathered.itemsize
     with_warm = warm.shape[0] > 0
@@ -670,7 +668,7 @@ def solve(
 ) -> NDArray[np.int64]:
     """Solve what `dtype` can solve; return the rows that need care.
 
-    The contract of the kernel's own engine: `found` is filled in place for all other rows.
+    For all other rows `found` is filled in place, as by the kernel's own engine.
     """
 
     objective, rank = problem.objective, problem.rank

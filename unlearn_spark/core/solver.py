@@ -1,7 +1,4 @@
-"""What a worker does to one part in a half-sweep, as plain arrays.
-
-Nothing here knows Spark: `sweep`, `burst` and the unlearning patches bring the arrays.
-"""
+"""What a worker does to one part in a half-sweep, and the messages in which factors travel."""
 
 from __future__ import annotations
 
@@ -18,13 +15,12 @@ from unlearn_spark.core.kernel import solve_rows
 from unlearn_spark.core.objective import Objective, relative_residual
 
 MESSAGE_BYTES = 131_072
-"""Factors in one row of a table that travels. Objects of megabytes are more than half a region of
-the JVM's heap, for which its collector (G1) looks for room at once and lets the heap grow."""
+"""Most bytes of factors in a message: for large objects the JVM's collector (G1) grows the heap."""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """What a worker needs to solve rows; small and picklable."""
+    """The settings that a worker needs to solve rows; small and picklable."""
 
     objective: Objective
     rank: int
@@ -47,7 +43,7 @@ class Solver:
         )
 
     def penalty(self, ratings: RatingBlock, factors: NDArray[np.float32]) -> float:
-        """lambda * sum n |x|^2, the part of the objective that the other side cannot see."""
+        """lambda * sum n |x|^2: the rows' penalty, which the other side's solves do not include."""
         if self.objective.implicit_prefs:
             positive = np.concatenate([[0], np.cumsum(ratings.values > 0)])
             counts = np.diff(positive[ratings.indptr])
@@ -65,7 +61,7 @@ class Solver:
         return float(values @ values)
 
     def gram(self, factors: NDArray[np.float32]) -> bytes | None:
-        """Y'Y in float64, where the objective needs it."""
+        """Y'Y as float64 bytes; None in explicit mode."""
         if not self.objective.implicit_prefs:
             return None
         wide = factors.astype(np.float64)
@@ -74,7 +70,7 @@ class Solver:
     def factor_row(
         self, part: int, slots: NDArray[np.int32], factors: NDArray[np.float32], scalar: float
     ) -> dict[str, Any]:
-        """One row of `spark.FACTOR_SCHEMA`."""
+        """One message: a row of `FACTOR_SCHEMA`."""
         return {
             "part": part,
             "slots": raw(slots, np.int32),
@@ -87,13 +83,13 @@ class Solver:
     def factor_rows(
         self, part: int, slots: NDArray[np.int32], factors: NDArray[np.float32], scalar: float
     ) -> Iterator[dict[str, Any]]:
-        """The rows that carry a part's factors; the first has the scalar."""
+        """The messages that carry a part's factors; only the first carries the scalar."""
         for own, stack in cut_stack(slots, factors[None]):
             yield self.factor_row(part, own, stack[0], scalar)
             scalar = 0.0
 
     def missing_row(self, part: int) -> dict[str, Any]:
-        """The same for a part without its ratings."""
+        """The message that reports a part without its ratings."""
         slots, factors = np.zeros(0, np.int32), np.zeros((0, self.rank), np.float32)
         return {**self.factor_row(part, slots, factors, 0.0), "missing": 1}
 
@@ -101,8 +97,8 @@ class Solver:
 def cut_stack(
     slots: NDArray[np.int32], stack: NDArray[np.float32]
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
-    """A stack float32 (h, n, rank) as stacks of fewer rows, each of `MESSAGE_BYTES` at most or of
-    one row; `joined_stack` undoes it."""
+    """Cut a stack float32 (h, n, rank) into stacks of fewer rows, each of at most `MESSAGE_BYTES`
+    or of one row; `joined_stack` undoes it."""
     rows = max(1, MESSAGE_BYTES // (4 * stack.shape[0] * stack.shape[2]))
     for first in range(0, max(1, len(slots)), rows):
         yield slots[first : first + rows], stack[:, first : first + rows]
@@ -111,7 +107,7 @@ def cut_stack(
 def joined_stack(
     messages: Sequence[dict[str, Any]], rank: int, name: str = "factors"
 ) -> NDArray[np.float32]:
-    """The stack float32 (h, n, rank), rows by slot, from the messages of a part in any order."""
+    """Join a part's messages, in any order, to a stack float32 (h, n, rank) in slot order."""
     stacks = []
     for row in sorted(messages, key=_first_slot):
         n = len(row["slots"]) // 4
@@ -135,7 +131,7 @@ class OtherSide:
     penalty
         Sum of the senders' scalars.
     missing
-        Parts of the other side whose rows are not there.
+        Number of messages from parts without their ratings.
     """
 
     dense: NDArray[np.float32]
@@ -145,8 +141,9 @@ class OtherSide:
 
     @classmethod
     def from_messages(cls, messages: list[dict[str, Any]], rank: int, n_slots: int) -> OtherSide:
+        """Gather the other side's messages, leaving out the part's own."""
         messages = [row for row in messages if not row.get("own", False)]
-        # One order of every sum.
+        # So that sums do not follow arrival order.
         messages.sort(key=lambda row: (row["part"], _first_slot(row)))
         dense = np.zeros((n_slots, rank), np.float32)
         gram: NDArray[np.float64] | None = None
@@ -162,14 +159,14 @@ class OtherSide:
 
 @dataclass(frozen=True)
 class AnchorSweep:
-    """What solving the anchor's rows found.
+    """What `solve_anchor` found.
 
     Attributes
     ----------
     history : float32 (2h, n, rank)
         g and f = g - y of this sweep, then of the one before, and so on.
     quadratic, penalty
-        These rows' share of the objective without the anchor's penalty, and the other side's.
+        These rows' share of the objective without the other side's penalty, and that penalty.
     worst
         Largest relative residual of y.
     products : float64 (h, h)
@@ -190,8 +187,8 @@ def solve_anchor(
     stack: NDArray[np.float32],
     floor: float,
 ) -> AnchorSweep:
-    """Solve the anchor's rows; `stack` float32 (1 + 2h, n, rank) is y and the earlier history, and
-    `floor` is what the anchor's residuals are relative to at least."""
+    """Solve the anchor's rows. `stack` float32 (1 + 2h, n, rank) is y and the earlier history;
+    `floor` is the least denominator of the anchor's residuals (`floor_of`)."""
     y, past = stack[0], stack[1:]
     solved = solver.solve(ratings, seen, y)
     history = np.concatenate([solved.factors[None], (solved.factors - y)[None], past])
@@ -212,7 +209,7 @@ def mixed(
     drop_newest: bool,
     nonnegative: bool,
 ) -> NDArray[np.float32]:
-    """The next stack from a history, see `sweep.next_iterate`."""
+    """Make the next stack from a history, as an `acceleration.Step` says."""
     y = mix(list(history[0::2]), weights)
     if nonnegative:
         y = np.maximum(y, 0)  # weights may be negative
@@ -221,7 +218,7 @@ def mixed(
 
 
 class FitSettings(Protocol):
-    """What a solver takes of the settings of a fit (`config.AlsSettings`)."""
+    """The settings that a solver takes from `config.AlsSettings`."""
 
     @property
     def rank(self) -> int: ...

@@ -33,7 +33,7 @@ class SweepReport:
     eta: float | None
 
     def line(self) -> str:
-        """For a terminal."""
+        """The report as one line for a terminal."""
         text = (
             f"sweep {self.sweep:3d}  objective {self.objective:.6e}  "
             f"max residual {self.max_residual:.2e}  {self.seconds:.1f} s"
@@ -43,7 +43,7 @@ class SweepReport:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """How a training went; `seconds` is everything, `sweep_seconds` the mean of the sweeps."""
+    """How a training went; `seconds` is its whole time, `sweep_seconds` the mean of a sweep."""
 
     users: int
     items: int
@@ -69,8 +69,8 @@ class TrainingSummary:
         started: float,
         encode_seconds: float,
     ) -> TrainingSummary:
-        """Of a fit to `n_ratings` ratings of `n_rows` rows a side, which began at `started`
-        (`time.perf_counter`) and ends now."""
+        """Summarise a fit to `n_ratings` ratings of `n_rows` rows a side, which began at `started`
+        (`time.perf_counter`) and ends with this call."""
         return cls(
             users=n_rows["user"],
             items=n_rows["item"],

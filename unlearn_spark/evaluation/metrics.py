@@ -188,7 +188,7 @@ def map_at_k(recommendations: DataFrame, held_out: DataFrame, k: int, **columns:
 
 
 def as_json(metrics: RankingMetrics, k: int) -> dict[str, float]:
-    """The measures under names that say what k was."""
+    """The measures, with k in their names: ndcg_at_10."""
     values = asdict(metrics)
     values.pop("users")
     return {f"{name}_at_{k}": value for name, value in values.items()}
@@ -203,7 +203,7 @@ def held_out_metrics(
     k: int,
     min_rating: float | None = None,
 ) -> dict[str, Any]:
-    """Everything about a model's quality on ratings that it was not fitted to.
+    """Errors and ranking measures of a model on ratings that it was not fitted to.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def held_out_metrics(
     held_out
         user_id, item_id, rating; ids may be null or unknown.
     seen
-        user_id, item_id of the ratings that the model was fitted to: never recommended.
+        user_id, item_id of the ratings that the model was fitted to; they are not recommended.
     k
         Places that count in rankings.
     min_rating
@@ -221,9 +221,9 @@ def held_out_metrics(
     Returns
     -------
     dict
-        rmse, mae over the `ratings_known` of the `ratings` whose user and item the model has
-        (None where there are none); the ranking measures at k over `users` users with a relevant
-        item.
+        `ratings` and, among these, `ratings_known`, whose user and item the model has; rmse and mae
+        over the known ones (None without any); the ranking measures at k, over `users` users with
+        a relevant item.
 
     Raises
     ------
@@ -274,8 +274,7 @@ def split_by_hash(
 ) -> tuple[DataFrame, DataFrame]:
     """Hold out a share of the pairs, decided by `xxhash64(user, item, seed)`.
 
-    The same pair always falls on the same side: whatever else is in the table, in whatever order,
-    before a deletion and after it.
+    A pair falls on the same side whatever else is in the table, before a deletion and after it.
 
     Returns
     -------

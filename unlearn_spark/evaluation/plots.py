@@ -1,6 +1,6 @@
-"""Pictures of a training and of an unlearning: PNG by matplotlib, or a line of text.
+"""Draw a training, a deletion, and growth: a PNG by matplotlib, or a line of text.
 
-matplotlib is only needed for the PNGs; `pip install 'unlearn-spark[evaluation]'` brings it.
+Only the PNGs need matplotlib; `pip install 'unlearn-spark[evaluation]'` brings it.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def comparison(
     Parameters
     ----------
     figures, deleted_scores
-        Those of `unlearning.comparison.Comparison`: of figures, `models` with the `auc` of each;
-        scores float (n,) of `before`, `unlearned` and `retrained`.
+        As in `audit.comparison.Comparison`. Drawn are the `auc` of each of the `models`, and the
+        scores, float (n,), of `before`, `unlearned` and `retrained`.
 
     Raises
     ------
@@ -165,12 +165,12 @@ def comparison(
 def growth(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: str | Path
 ) -> Path:
-    """Figures by the number of ratings on logarithmic axes, as a PNG.
+    """Lines over the number of ratings, on logarithmic axes, as a PNG.
 
     Parameters
     ----------
     panels
-        By title the lines: by label (ratings, value) points.
+        By title of a panel, by label of a line: points (ratings, value).
     path
         Where to write; folders are made.
 
@@ -205,7 +205,7 @@ def _subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Not through pyplot: that keeps global state and may look for a display.
+    # pyplot would keep global state and may look for a display.
     figure = Figure(figsize=kwargs.pop("figsize"), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(*args, **kwargs)

@@ -1,6 +1,7 @@
-"""Synthetic ratings that look like a shop's: long tails, a low-rank taste, noise, real times.
+"""Generate ratings that look like a shop's: long tails, a low-rank taste, noise, years of times.
 
-Numpy and Arrow only, written in slices of users, so that memory follows the slice, not the total.
+Needs NumPy and Arrow only. Ratings are written in slices of users, so memory depends on the slice
+and not on the total.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.preconditions import require_local_file
 
 TRUE_RANK = 10
-"""Rank of the taste that the ratings show."""
+"""Rank of the generated preferences."""
 
 SCHEMA = pa.schema(
     [
@@ -52,14 +53,13 @@ class Synthetic:
 def write(users: int, items: int, ratings: int, seed: int, output: str | Path) -> Synthetic:
     """Write exactly `ratings` ratings, no pair twice, to a `.csv` or `.parquet` file.
 
-    Ids are 1..users and 1..items; every one occurs where there are enough ratings for it. Ratings
-    are 0.5, 1, ... 5; times are in 2020 to 2024, in csv as seconds since 1970. The same arguments
-    give the same file.
+    Ids are 1..users and 1..items; all occur if there are enough ratings. Ratings are 0.5, 1, ... 5.
+    Times are in 2020 to 2024, in csv as seconds since 1970. The same arguments give the same file.
 
     Raises
     ------
     SettingsError
-        A count is below one, there are more ratings than pairs, or the suffix is another.
+        A count is below one, there are more ratings than pairs, or the output's suffix is another.
     InputError
         The output cannot be written.
     """
@@ -103,7 +103,7 @@ def generate(users: int, items: int, ratings: int, seed: int) -> Iterator[pa.Tab
     chance = np.cumsum(popularity) / popularity.sum()
     chance[-1] = 1.0
     taste = _Taste(rng, users, items)
-    # Every item gets one rating of its own first, so that the tail is not empty.
+    # Every item gets one rating first, so that the tail is not empty.
     order = rng.permutation(items) if ratings >= items else np.zeros(0, np.int64)
     ends = np.cumsum(degrees)
     # A user's share of the reserved items follows their degree; it never exceeds it.
@@ -127,7 +127,7 @@ def generate(users: int, items: int, ratings: int, seed: int) -> Iterator[pa.Tab
 def _share_out(weights: np.ndarray, total: int, most: int) -> np.ndarray:
     """Integers that sum to `total`, in proportion to `weights`, each from 1 (if it can) to `most`.
 
-    Rounding is by largest remainder; what the upper limit cuts off goes to the others.
+    Rounding is by largest remainder. Others get what the upper limit cuts off.
     """
     least = 1 if total >= len(weights) else 0
     low, high = 0.0, (total + 1.0) * most / weights.min()
@@ -166,9 +166,9 @@ def _pairs(
 ) -> np.ndarray:
     """Distinct pairs `user * n_items + item`, ascending: `degrees[u]` of each user u of a slice.
 
-    `own` are pairs that must be among them. The rest is drawn by popularity, and drawn again where
-    it fell on a pair that is there; users whose last few items are too hard to hit draw theirs
-    without replacement instead.
+    They include the pairs `own`. The rest is drawn by popularity, and drawn again where it hits a
+    pair that is there already. Users whose last few items are hard to hit draw those without
+    replacement instead.
     """
     n_items = len(popularity)
     n_users = len(degrees)
@@ -182,7 +182,7 @@ def _pairs(
             break
         drawn = np.searchsorted(chance, rng.random(n_missing), "right")
         drawn += np.repeat(np.arange(n_users), missing) * n_items
-        # Sorted by hand: numpy's set functions hash, which is many times slower here.
+        # NumPy's set functions hash, which is many times slower than sorting here.
         drawn.sort()
         fresh = np.ones(len(drawn), bool)
         fresh[1:] = drawn[1:] != drawn[:-1]
@@ -215,7 +215,7 @@ class _Taste:
         self.item = rng.standard_normal((items, TRUE_RANK)).astype(np.float32)
         self.user_bias = (0.35 * rng.standard_normal(users)).astype(np.float32)
         self.item_bias = (0.4 * rng.standard_normal(items)).astype(np.float32)
-        # Users come one by one and stay for a while; nobody rates evenly over five years.
+        # Users join one by one and stay for a while.
         self.joined = rng.random(users) * 0.9
         self.stay = rng.exponential(0.2, users) + 0.002
 

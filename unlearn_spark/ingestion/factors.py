@@ -1,4 +1,4 @@
-"""Factors that were trained elsewhere, as two DataFrames (id, factors) that are known to be sound.
+"""Read factors that another library trained, and check them: a DataFrame (id, factors) a side.
 
 =========  ======================================================================================
 format     what is read
@@ -8,8 +8,8 @@ parquet    `user_factors` and `item_factors`, with or without `.parquet`: column
 npz        arrays user_factors (n, k), item_factors (m, k), user_ids (n,), item_ids (m,) of NumPy
 =========  ======================================================================================
 
-The first two are read by the workers. An .npz is read on the driver: such a model came from one
-machine's memory.
+The workers read mllib and parquet. The driver reads an .npz, whose model fitted into the memory of
+one machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FORMATS = ("mllib", "parquet", "npz")
 
 MAX_RANK = 2048
-"""That of `als.rank`."""
+"""Upper limit of `als.rank`."""
 
 _NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "mllib": {"user": ("userFactors",), "item": ("itemFactors",)},
@@ -89,9 +89,8 @@ def read_factors(
         One of `FORMATS`.
     id_types
         By side ("user", "item") the type that ids must have: string or bigint. Integers become
-        text, and text becomes the integer that is written just so (007 is none), both without
-        the white space around it. By default ids
-        stay text or become bigint, as they are.
+        text. Text, without the white space around it, becomes the integer that is written exactly
+        so: 7, but not 007. By default text stays text and integers become bigint.
 
     Raises
     ------
@@ -120,7 +119,7 @@ def read_factors(
 
 
 def _from_folders(spark: SparkSession, path: str, form: str) -> dict[str, tuple[DataFrame, str]]:
-    """By side (id, factors) and the place it was found."""
+    """By side the rows (id, factors) and the path they were read from."""
     found = {}
     for side, names in _NAMES[form].items():
         rows, place = _first_found(spark, path.rstrip("/"), names, form)
@@ -278,7 +277,7 @@ def _table(file: Path, side: str, ids: NDArray[Any], matrix: NDArray[Any]) -> pa
     batches = []
     for first in range(0, len(ids), _BATCH_ROWS):
         rows = matrix[first : first + _BATCH_ROWS]
-        with np.errstate(over="ignore"):  # what overflows is found, as infinity, by the checks
+        with np.errstate(over="ignore"):  # `_checked` refuses the infinities
             flat = pa.array(np.ascontiguousarray(rows, np.float32).reshape(-1))
         offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * rank)
         names = pa.array(ids[first : first + _BATCH_ROWS].tolist(), kind)
@@ -291,7 +290,7 @@ def _table(file: Path, side: str, ids: NDArray[Any], matrix: NDArray[Any]) -> pa
 
 
 def _checked(rows: DataFrame, place: str, wanted: T.DataType | None) -> tuple[DataFrame, int, int]:
-    """The rows with ids of the wanted type, their rank and their number; or what is wrong."""
+    """The rows with ids of the wanted type, their rank and their number; raises InputError."""
     typed = _typed(rows, wanted)
     unusable = F.exists(
         "factors", lambda value: value.isNull() | F.isnan(value) | (F.abs(value) > _LARGEST_FLOAT)
@@ -346,7 +345,7 @@ def _checked(rows: DataFrame, place: str, wanted: T.DataType | None) -> tuple[Da
 
 
 def _typed(rows: DataFrame, wanted: T.DataType | None) -> DataFrame:
-    """id (null where it has no value of that type), given (the id as read, without white space),
+    """id (null where it has no value of the wanted type), given (the id as read, trimmed),
     garbled (the id is not valid UTF-8), factors."""
     is_text = isinstance(rows.schema["id"].dataType, T.StringType)
     given, problem = text_of(F.col("id")) if is_text else (F.col("id"), F.lit(None))

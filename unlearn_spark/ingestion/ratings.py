@@ -1,4 +1,4 @@
-"""From a file of ratings to the ratings table: what is refused, and what is written."""
+"""Ingest ratings: quarantine unusable rows, and write the newest rating of each pair."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class IngestReport:
     written
         Rows that are new in the table or replaced the rating of their pair.
     superseded
-        Rows that a newer rating of the same pair, in the input or in the table, made void.
+        Rows that lose to a newer or equal rating of their pair, in the input or in the table.
     version
         Delta version of the ratings table that holds the result; None when there is no table.
     """
@@ -73,10 +73,10 @@ def ingest_ratings(
     """Validate, quarantine and upsert the ratings of one input.
 
     The newest rating of a pair wins, by `rated_at` (an unknown time is the oldest), then by its
-    place: a later line, a later ingest. The same input twice changes nothing. Rows that an
-    accepted tombstone covers are refused, without keeping what they say.
+    place: a later line, a later ingest. The same input twice changes nothing. Of rows that an
+    accepted tombstone covers, the quarantine keeps the reason and no content.
 
-    The quarantine is committed first, then the ratings: a job that dies in between has written no
+    The quarantine is committed first, then the ratings. A job that dies in between has written no
     rating, and running it again repeats neither.
 
     Raises
@@ -136,7 +136,7 @@ def ingest_ratings(
 
 
 def _choose_types(raw: formats.RawRatings, profile: _Profile) -> dict[str, T.DataType]:
-    """Integers where every usable id is one; the types of the input where it has types."""
+    """The types of a typed input; for text, bigint where every usable id is an integer."""
     if raw.text_ids:
         return {
             name: T.LongType() if integral else T.StringType()
@@ -146,7 +146,7 @@ def _choose_types(raw: formats.RawRatings, profile: _Profile) -> dict[str, T.Dat
 
 
 def _typed(raw: formats.RawRatings, types: dict[str, T.DataType] | None) -> DataFrame:
-    """The rows with ids in these types; an id without such a value becomes a problem."""
+    """The rows with ids in these types. Where they are bigint, other text becomes a problem."""
     rows = raw.frame
     if types is None:
         return rows

@@ -1,4 +1,4 @@
-"""From a file of deletion requests to the tombstones table: what is accepted, and what refused."""
+"""Ingest deletion requests: quarantine unusable ones, and add new ones to the tombstones."""
 
 from __future__ import annotations
 
@@ -57,19 +57,23 @@ def ingest_requests(
     """Validate requests, drop repeated ones, and append the new ones.
 
     A request is known by its `request_id`: the same content again is a duplicate, other content is
-    quarantined (the first one stands). A request without `requested_at` was made now.
+    quarantined (the first one stands). A request without `requested_at` is made now.
 
     Parameters
     ----------
     id_types
-        Types of user_id and item_id in the ratings table (`ratings.id_types`): a request whose id
-        can be none of that table would delete nothing, and is quarantined. None: there is no
-        table, and any id may come to be one of it.
+        Types of user_id and item_id in the ratings table (`ratings.id_types`). A request whose id
+        cannot occur in that table would delete nothing, and is quarantined. None: there is no
+        table yet, so every id is accepted.
 
     Raises
     ------
     InputError
         The input cannot be read, is empty, or holds no usable request. Nothing is written.
+    SettingsError
+        `format` is None, and the input does not show its format.
+    ConflictError
+        Another job wrote to one of the tables meanwhile.
     """
     format = format or _guess_format(store.spark, path)
     formats.check_exists(path)
@@ -142,7 +146,7 @@ def _sort_out(good: DataFrame, known: DataFrame) -> DataFrame:
 
 
 def _same(mine: Column, other: Column) -> Column:
-    """Equal in content; a missing `requested_at` says nothing."""
+    """Do two requests have the same content? A missing `requested_at` equals any."""
     names = ("scope", "user_id", "item_id", "from_ts", "to_ts")
     tests = [mine[name].eqNullSafe(other[name]) for name in names]
     mine_at, other_at = mine["requested_at"], other["requested_at"]
@@ -161,8 +165,8 @@ def _guess_format(spark: SparkSession, path: str) -> str:
 
 
 def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
-    """raw, earlier (problem), and the columns of a request: null where nothing is said, times in
-    any type."""
+    """raw, earlier (the problem that reading found), and a request's columns: null where empty,
+    times in the type that the input has."""
     if format in ("parquet", "delta"):
         return _from_table(formats.read_table(spark, path, format, TIMES), path)
     first = formats.first_line(spark, path)
@@ -174,7 +178,7 @@ def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
         problem = F.when(F.col("fields").isNull(), formats.WRONG_WIDTH)
         values = {name: F.col("fields")[index] for name, index in where.items()}
     else:
-        # As variants, for `42.0` is an integer and `"42.0"` is not.
+        # Variants tell the number 42.0, which is an integer, from the text "42.0", which is not.
         schema = ", ".join([*(f"{name} variant" for name in _COLUMNS), "malformed string"])
         options = {"columnNameOfCorruptRecord": "malformed"}
         lines = formats.lines(spark, path)
@@ -188,7 +192,7 @@ def _read_raw(spark: SparkSession, path: str, format: str) -> DataFrame:
         found = {name: _from_variant(name) for name in _COLUMNS}
         malformed = F.when(F.col("fields.malformed").isNotNull(), "is not a JSON object")
         problem = F.coalesce(malformed, *[wrong for _, wrong in found.values()])
-        # A step of its own, for each value is looked at several times by what follows.
+        # A step of its own: the expressions below use each value several times.
         lines = lines.select(
             "raw",
             problem.alias("wrong"),
@@ -235,7 +239,7 @@ def _from_table(rows: DataFrame, path: str) -> DataFrame:
 
 
 def _from_variant(name: str) -> tuple[Column, Column]:
-    """A JSON value as text, a number by the rules of `formats.id_of`; and its problem."""
+    """A JSON value as text, and its problem. Numbers follow the rules of `formats.id_of`."""
     value, kind = F.col("fields")[name], F.col("kinds")[name]
     text = F.try_variant_get(value, "$", "string")
     nested = F.when(
@@ -264,7 +268,7 @@ def _judged(rows: DataFrame, id_types: Mapping[str, T.DataType]) -> DataFrame:
     times, time_problems = {}, []
     for name in TIMES:
         times[name], problem = formats.timestamp_of(F.col(name), rows.schema[name].dataType)
-        # Reasons are written for ratings: here each names its own column.
+        # `timestamp_of` words its problems for rated_at.
         time_problems.append(F.replace(problem, F.lit("rated_at"), F.lit(name)))
     scope = F.col("scope")
 
@@ -290,7 +294,7 @@ def _judged(rows: DataFrame, id_types: Mapping[str, T.DataType]) -> DataFrame:
             (scope == "reinstate") & missing("user_id") & missing("item_id"),
             "reinstate needs user_id or item_id",
         ),
-        # A request that says more than its scope would delete more than it says.
+        # Without these checks a request would delete more than its other columns say.
         unless_in("user_id", "user", "rating", "window", "reinstate"),
         unless_in("item_id", "item", "rating", "reinstate"),
         unless_in("from_ts", "window"),

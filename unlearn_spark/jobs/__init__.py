@@ -1,1 +1,1 @@
-"""The jobs, a module each: `main` is the command of `jobs/X.py` and of `unlearn-spark X`."""
+"""One module for each job; its `main` is the command behind `jobs/X.py` and `unlearn-spark X`."""

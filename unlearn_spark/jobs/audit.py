@@ -1,4 +1,4 @@
-"""Check what a published model promises, against the ratings themselves."""
+"""Check the promises of a published model against the ratings themselves."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def main(
     plot: str | None,
 ) -> dict[str, Any]:
     """Computes the residual of every row of both sides anew, in float64, and compares it with the
-    certificate and with the ledger; looks for ratings that an honoured request should have
-    removed. The finding is added to the audits table. Ends with exit code 1 and one line on stderr
-    if the model does not hold what it promises. A residual that is not finite is null.
+    certificate and with the ledger. Looks for ratings that an honoured request should have
+    removed. Adds the finding to the audits table. Ends with exit code 1 and one line on stderr if
+    the model does not hold what it promises. A residual that is not finite is null.
 
-    With --retrain a table on stderr and the key comparison say how close the model is to models
-    trained from scratch on the retained ratings. Nothing of this is published."""
+    With --retrain, tables on stderr and the key comparison say how close the model is to models
+    trained from scratch on the retained ratings. Those are not published."""
     options = {
         "--seeds": seeds,
         "--held-out": held_out,
@@ -65,7 +65,7 @@ def main(
     store = context.store
     model = models.published(store, model_version)
     comparing = None
-    if retrain:  # what cannot be compared is said before the minutes that a scan takes
+    if retrain:  # refuses before the scan, which takes minutes
         comparing = prepare(context, model, held_out, held_out_format or "csv", plot)
     progress(f"auditing model version {model.model_version}")
     found = audit(store, model)
@@ -104,7 +104,7 @@ def main(
 def prepare(
     context: JobContext, model: ModelVersion, held_out: str | None, form: str, plot: str | None
 ) -> Callable[[int], dict[str, Any]]:
-    """Check that there is something to compare; returns what does it with a number of seeds."""
+    """Check that there is something to compare; the function returned compares with N seeds."""
     from rich.console import Console
 
     from unlearn_spark.audit import comparison, membership
@@ -127,7 +127,7 @@ def prepare(
             store, deletion, execution, seeds=seeds, held_out=judged, progress=progress
         )
         console = Console(file=sys.stderr)
-        console.width = max(console.width, 100)  # cut figures would be worse than wrapped lines
+        console.width = max(console.width, 100)  # rather wrapped lines than cut figures
         console.print(*tables_of(found.figures), sep="\n\n")
         if plot is not None:
             plots.comparison(found.figures, found.deleted_scores, plot)

@@ -108,9 +108,9 @@ def main(context: JobContext, source: str | None, kind: str) -> dict[str, Any]:
 
 
 def requests(context: JobContext) -> str:
-    """Requests of every scope, as csv; whom they name depends on the ratings alone.
+    """Requests of every deleting scope, as csv. The same ratings give the same requests.
 
-    The window is the later half of what the user with the most ratings rated.
+    The window has the later half of the ratings of the user with the most.
     """
     from pyspark.sql import functions as F
 
@@ -141,9 +141,9 @@ def requests(context: JobContext) -> str:
 def draw_scores(
     context: JobContext, before: int, unlearned: int, retrained: int, root: Path
 ) -> dict[str, float] | None:
-    """Draw the scores of the entries that a user who is still there had forgotten.
+    """Draw the scores of deleted entries whose user and item all three versions have.
 
-    Returns their means before, unlearned and retrained; None where there are no such entries.
+    Returns their means before, unlearned and retrained; None without such entries.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Held-out quality of a published model on a file, or of the settings on a split of ratings."""
+"""Measure held-out quality: of a published model on a file, or of settings on a split."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def of_published(
     renamed = formats.parse_columns(columns)
     store = context.store
     model = models.published(store, model_version)
-    # Ids are compared as text, so that those that cannot be the model's stay apart as unknown ones.
+    # Ids are compared as text: a cast to the model's type would turn unknown ids into null.
     users, items = (
         rows.withColumn("id", rows["id"].cast("string"))
         for rows in models.read_factors(store, model)
@@ -96,7 +96,7 @@ def of_published(
 def of_split(
     context: JobContext, fraction: float, seed: int, k: int, min_rating: float | None
 ) -> dict[str, Any]:
-    """Metrics of the settings, fitted to one share of the ratings table and tried on the other."""
+    """Metrics of a model that is fitted to one share of the ratings table, on the other share."""
     from unlearn_spark.evaluation.metrics import held_out_metrics, split_by_hash
     from unlearn_spark.spark.training.training import fit_factors
     from unlearn_spark.tables import models, ratings, tombstones

@@ -1,4 +1,4 @@
-"""Write long-tailed synthetic ratings: a low-rank taste, noise, real times. Needs no Spark."""
+"""Write long-tailed synthetic ratings: a low-rank taste, noise, times. Needs no Spark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adopt factors that were trained elsewhere, with the ratings table, as a model version."""
+"""Publish factors that were trained elsewhere as a model version of the ratings table."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     help="Sweep until no residual exceeds als.tol, starting from the imported factors.",
 )
 def main(context: JobContext, path: str, form: str, converge: bool) -> dict[str, Any]:
-    """The ratings that the model stands for must be in the ratings table: every residual is
+    """The ratings table must have the ratings that the model was trained on: every residual is
     computed from them, and jobs/unlearn.py goes on from there. als.reg_param, als.implicit_prefs,
-    als.alpha and als.nonnegative must be those it was trained with; als.rank is taken from the
+    als.alpha and als.nonnegative must be those of its training; als.rank is taken from the
     factors. Ratings that a deletion request covers are left out, as in training. A
     residual_before that is not finite is null."""
     from unlearn_spark import publishing
@@ -102,7 +102,7 @@ def main(context: JobContext, path: str, form: str, converge: bool) -> dict[str,
 def _verdict(
     adopted: AdoptedFit, als: AlsSettings, tau: float, over: dict[str, int], swept: bool
 ) -> str:
-    """What the residuals mean for the nights to come, and what to do about it."""
+    """What the residuals mean for the next nights, and what to do about it."""
     summary = adopted.summary
     if summary.converged:
         return f"converged: largest residual {summary.max_residual:.1e}, als.tol = {als.tol:.1e}"

@@ -1,4 +1,4 @@
-"""The best items of every user, or of some, by the published model."""
+"""List the best items of every user, or of some, by a published model."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def select_users(
 def seen_pairs(store: Store, model: ModelVersion) -> DataFrame | None:
     """(query_id, candidate_id) of the ratings that the model was fitted to, where it names them.
 
-    A rating that was asked to be forgotten leaves no trace here either: its item may be named.
+    A rating that a request covers does not count as seen: its item may be recommended.
     """
     from pyspark.sql import functions as F
 

@@ -11,8 +11,8 @@ from unlearn_spark.cli import JobContext, job, progress
 def main(context: JobContext) -> dict[str, Any]:
     """Takes the requested ratings out of the model and of the ratings table, re-solves only the
     rows that this disturbed, and publishes factors whose residual is within unlearn.tau on every
-    row. Ratings ingested meanwhile are folded in by the same pass. Nothing pending: nothing
-    written."""
+    row. The same pass folds in ratings that were ingested meanwhile. Without a pending request
+    nothing is written. Exit code 1 after publishing: als.max_sweeps ended the work above tau."""
     from unlearn_spark.spark.night.night import run_night
 
     return run_night(context.store, context.settings, progress, kind="unlearn")

@@ -9,8 +9,9 @@ from unlearn_spark.cli import JobContext, job, progress
 
 @job("Fold ratings ingested since the published version into the model.")
 def main(context: JobContext) -> dict[str, Any]:
-    """New users and items come in, corrected ratings replace the old ones, and pending deletion
-    requests are honoured by the same pass. Nothing new: nothing written."""
+    """Adds new users and items, replaces corrected ratings, and honours pending deletion requests
+    by the same pass. Without anything new nothing is written. Exit code 1 after publishing:
+    als.max_sweeps ended the work above tau."""
     from unlearn_spark.spark.night.night import run_night
 
     return run_night(context.store, context.settings, progress, kind="update")

@@ -1,17 +1,14 @@
-"""What blocks look like as Spark rows: schemas, Arrow conversion, and how they are placed."""
+"""Conversion between Arrow tables and NumPy arrays, for functions that Spark runs in workers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    pass
 
 _KINDS = {
     "key": pa.int32(),
@@ -25,7 +22,7 @@ _KINDS = {
 
 
 def arrays_of(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows as dictionaries; binary values as buffers of the table, not copies."""
+    """Rows as dictionaries. Binary values are buffers of the table, not copies."""
     columns = [_values(table.column(name)) for name in table.schema.names]
     return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
@@ -35,9 +32,9 @@ def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
         return column.to_pylist()
     values: list[Any] = []
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        # Slices of the chunk's own buffer: a scalar of it (`chunk[i].as_buffer()`) is a copy.
+        # Slice the chunk's own buffer, because `chunk[i].as_buffer()` would copy.
         _, ends, data = chunk.buffers()
-        data = data or pa.py_buffer(b"")  # may be absent where every value is empty
+        data = data or pa.py_buffer(b"")  # may be absent if every value is empty
         bounds = np.frombuffer(ends, np.int32)[chunk.offset :][: len(chunk) + 1].tolist()
         valid = chunk.is_valid().to_pylist()
         values += [
@@ -48,10 +45,9 @@ def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def binary_table(rows: Iterable[Mapping[str, Any]], **kinds: pa.DataType) -> pa.Table:
-    """An Arrow table of such rows; columns are binary unless `_KINDS` or `kinds` says otherwise.
+    """Rows as an Arrow table; columns are binary unless `_KINDS` or `kinds` says otherwise.
 
-    The column order is that of the first row, and must be the schema's: Spark takes the columns
-    of `mapInArrow` by position.
+    The first row must have the schema's order: Spark takes columns of `mapInArrow` by position.
     """
     rows = list(rows)
     columns = {}
@@ -65,22 +61,22 @@ def binary_table(rows: Iterable[Mapping[str, Any]], **kinds: pa.DataType) -> pa.
 
 
 def _binary_array(values: list[Any]) -> pa.Array:
-    """A binary column from buffers; a single value is wrapped without a copy."""
+    """A binary column from buffers; a single value is not copied."""
     if len(values) == 1 and values[0] is not None:
         return one_binary(values[0])
     return pa.array([None if v is None else bytes(v) for v in values], type=pa.binary())
 
 
 def one_binary(value: Any) -> pa.Array:
-    """A column of one binary value that stands on the given buffer."""
+    """A column of one binary value, which shares the given buffer."""
     data = pa.py_buffer(value)
     offsets = pa.py_buffer(np.array([0, data.size], np.int32))
     return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, data])
 
 
 def pieces_table(rows: Iterable[Mapping[str, Any]], **kinds: pa.DataType) -> pa.Table:
-    """The same as `binary_table`, but of one batch a row, so that nothing is copied and the JVM
-    holds no more than a row at a time."""
+    """Like `binary_table`, but with one batch per row: nothing is copied, and the JVM holds one row
+    at a time."""
     return pa.concat_tables([binary_table([row], **kinds) for row in rows])
 
 
@@ -97,7 +93,7 @@ def list_column(matrix: np.ndarray) -> pa.Array:
 
 
 def matrix_of(column: pa.Array | pa.ChunkedArray, rank: int) -> np.ndarray:
-    """The reverse: array<float> values of equal length as a float32 (n, rank) matrix."""
+    """A column of array<float> values of equal length as a float32 (n, rank) matrix."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # pyarrow keeps an empty chunked array chunked
@@ -106,7 +102,7 @@ def matrix_of(column: pa.Array | pa.ChunkedArray, rank: int) -> np.ndarray:
 
 
 def vectors_of(column: pa.Array, rank: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """A column array<float> as float32 (n, rank), zeros where it is null, and where it is not.
+    """A column array<float> as float32 (n, rank) with zeros for nulls, and a mask of the non-nulls.
 
     A missing number inside a vector becomes NaN.
     """
@@ -126,12 +122,12 @@ _TYPES = {
 
 
 def _arrow_kinds(schema: str) -> dict[str, pa.DataType]:
-    """The Arrow types of a schema, for `spark.pieces_table`."""
+    """The Arrow types of the columns of a Spark schema, for `pieces_table`."""
     return {name: _TYPES[kind] for name, kind in (each.split() for each in schema.split(", "))}
 
 
 def _table_of(schema: str, rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows of a schema, also none."""
+    """Rows as a table of a schema; there may be none."""
     kinds = _arrow_kinds(schema)
     return pieces_table(rows, **kinds) if rows else pa.schema(kinds).empty_table()
 
@@ -141,8 +137,8 @@ def _mapped(
     schema: str,
     one_batch: bool = False,
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """For `mapInArrow`: a function that makes rows of a schema from one row; `one_batch` where they
-    are many and small."""
+    """Turn a function from one row to rows of `schema` into a function for `mapInArrow`;
+    `one_batch`, for many small rows, puts all rows that come from one into one batch."""
 
     def apply(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         for batch in batches:

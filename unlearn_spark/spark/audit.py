@@ -1,10 +1,9 @@
-"""Checks of a published model's certificate that trust nothing which the model's jobs computed.
+"""Checks a published model's certificate independently of the jobs that wrote it.
 
-Ratings, factors, ledger, tombstones and receipts are read at the versions that the models row
-names. Every row's residual ||A x - b|| / max(||b||, floor) is summed anew in float64 from the
-ratings table and the factor tables: neither the packed ratings nor any code of the solvers or of
-the ledger is used, so that a mistake in one of them cannot hide itself here. The floor is the one
-that the certificate names.
+The audit reads ratings, factors, ledger, tombstones and receipts at the versions that the models
+row names. It computes every row's residual ||A x - b|| / max(||b||, floor) in float64 from the
+ratings table and the factor tables. It uses neither the packed ratings nor the code of the solvers
+and the ledger, so a mistake there cannot hide itself here. The floors come from the certificate.
 
 The equations are those of weighted-lambda ALS (Zhou et al. 2008, section 3) and, for implicit
 preferences, of Hu, Koren and Volinsky (2008, equation 4), with lambda scaled by the row's count of
@@ -38,7 +37,7 @@ OTHER = {"user": "item", "item": "user"}
 RELATIVE_SLACK = 1e-6
 ABSOLUTE_SLACK = 1e-9
 """A ledger bound is too low when `bound * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK` is below the
-residual: both are float64 sums of the same terms in another order, which differ by far less."""
+residual. Two float64 sums of the same terms in different order differ by far less."""
 
 _ROW_SCHEMA = "id string, copies int, n_ratings bigint, unmatched bigint, residual double"
 
@@ -50,21 +49,21 @@ class Audit:
     Attributes
     ----------
     model_version, tau
-        The version, and the residual that its certificate promises not to exceed.
+        The version, and the largest residual that its certificate allows.
     max_residual
-        Largest relative residual by side; infinite where a row has no usable vector, or solves
-        something while its right-hand side and its side's floor are 0.
+        By side: the largest relative residual. Infinite if a row has no usable vector, or has a
+        nonzero gradient while its right-hand side and its side's floor are 0.
     floor
-        By side what the certificate's residuals are relative to at least.
+        By side: the least denominator of its residuals, from the certificate.
     rows
-        Factor rows by side.
+        By side: the number of factor rows.
     ledger_below, ledger_missing, ledger_extra
         Ledger entries whose bound is below the residual; factor rows without an entry; entries
         without a factor row.
     tombstoned_ratings_found
-        Ratings of the model that requests with a receipt cover.
+        Ratings of the model that a request with a receipt covers.
     rows_without_ratings
-        Factor rows that no retained rating belongs to.
+        Factor rows without a retained rating.
     ratings_without_rows
         Retained ratings whose user or item has no factor row.
     """
@@ -83,12 +82,12 @@ class Audit:
 
     @property
     def ledger_holds(self) -> bool:
-        """Whether the ledger has one entry for every row, and none is below the residual."""
+        """Whether the ledger has one entry for every row, and no bound is below the residual."""
         return not (self.ledger_below or self.ledger_missing or self.ledger_extra)
 
     @property
     def failures(self) -> list[str]:
-        """What does not hold, a clause each."""
+        """The checks that failed, a clause each."""
         found = [
             f"the largest {side} residual {residual:.3e} exceeds tau = {self.tau:.3e}"
             for side, residual in self.max_residual.items()
@@ -110,10 +109,9 @@ class Audit:
 
 
 def audit(store: Store, model: ModelVersion) -> Audit:
-    """Scan a published version, the newest or any earlier one. Nothing is written.
+    """Scan a published version, the newest or an earlier one; write nothing.
 
-    Memory is bounded on every worker: a row's ratings are streamed, however many they are. The
-    cost is two shuffles of the ratings, each rating with a vector.
+    Workers stream the ratings of a row. The scan shuffles all ratings twice, each with a vector.
 
     Raises
     ------
@@ -147,13 +145,13 @@ def audit(store: Store, model: ModelVersion) -> Audit:
         ledger_extra=total("ledger_extra"),
         tombstoned_ratings_found=_tombstoned(store, model, stored),
         rows_without_ratings=total("rows_without_ratings"),
-        # The users' scan sees every rating with both its rows; the items' would count it again.
+        # Both scans see every rating with both of its rows: count it in one of them.
         ratings_without_rows=of_side("unmatched", 0)["user"],
     )
 
 
 def _tombstoned(store: Store, model: ModelVersion, stored: DataFrame) -> int:
-    """How many stored ratings are covered by a request that has a receipt."""
+    """How many stored ratings a request with a receipt covers."""
     if model.receipts_version is None or model.tombstones_version is None:
         return 0
     every = ratings.asked(store, model.tombstones_version, model.receipts_version)
@@ -163,17 +161,17 @@ def _tombstoned(store: Store, model: ModelVersion, stored: DataFrame) -> int:
 
 
 def _usable(rows: DataFrame, rank: int) -> DataFrame:
-    """id and vector array<float>: null where the stored vector has another length than rank."""
+    """id and vector array<float>, which is null if the stored vector's length is not rank."""
     return rows.select("id", F.when(F.size("factors") == rank, F.col("factors")).alias("vector"))
 
 
 def _residuals(
     retained: DataFrame, usable: dict[str, DataFrame], side: str, model: ModelVersion
 ) -> DataFrame:
-    """Every row of one side, and every id of its ratings that has no row: side and `_ROW_SCHEMA`.
+    """Residuals (side and `_ROW_SCHEMA`) of one side's factor rows, and of rated ids without one.
 
-    `copies` is the number of factor rows of the id, `unmatched` how many of its `n_ratings` lack a
-    usable row on either side.
+    `copies` counts the id's factor rows, `unmatched` its ratings whose user or item has no usable
+    row.
     """
     als = model.als
     others = usable[OTHER[side]].withColumnRenamed("id", f"{OTHER[side]}_id")
@@ -186,7 +184,7 @@ def _residuals(
         F.lit(None).cast("float").alias("rating"),
         "vector",
     )
-    # A row's own vector comes first and its ratings stream behind it: nothing holds a whole row.
+    # Sorted, a row's own vector comes first and its ratings follow: a worker streams them.
     records = (
         own.unionByName(rated)
         .withColumn("id", F.col("id").cast("string"))
@@ -223,7 +221,7 @@ def _gram(rows: DataFrame, rank: int) -> NDArray[np.float64]:
 
 
 def _compare(scanned: DataFrame, ledger: DataFrame) -> dict[str, dict[str, Any]]:
-    """The scan's figures by side, with the ledger compared row by row."""
+    """The scan's figures by side, and how its residuals compare with the ledger's bounds."""
     entries = ledger.groupBy("side", "id").agg(
         F.count(F.lit(1)).alias("entries"), F.min("bound").alias("bound")
     )
@@ -251,14 +249,14 @@ def _compare(scanned: DataFrame, ledger: DataFrame) -> dict[str, dict[str, Any]]
 
 @dataclass
 class _Row:
-    """The sums of one row, while its ratings pass by.
+    """Running sums of one row while its ratings are streamed.
 
     Attributes
     ----------
     gradient, b : float64 (rank,)
         A x - b without the penalty and the global term, and b.
     penalised
-        Ratings that lambda counts.
+        The number of ratings that multiplies lambda.
     """
 
     id: str
@@ -273,18 +271,18 @@ class _Row:
 
 @dataclass(frozen=True)
 class Equations:
-    """The equations A x = b of one side's rows, and their residuals from a stream of records.
+    """Computes the residuals of the equations A x = b of one side from a stream of records.
 
     Attributes
     ----------
     reg_param
         lambda.
     alpha
-        Of implicit preferences; None for explicit ratings.
+        Confidence factor of implicit preferences; None for explicit ratings.
     gram : float64 (rank, rank)
         Y'Y of the other side; None for explicit ratings.
     floor
-        What the residuals are relative to at least.
+        The least denominator of the residuals.
     """
 
     rank: int
@@ -295,17 +293,17 @@ class Equations:
     floor: float = 0.0
 
     def scan(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """One result per id from records that are sorted by (id, is_rating).
+        """Compute one result per id from records that are sorted by (id, is_rating).
 
         Parameters
         ----------
         batches
-            id string; is_rating; rating float; vector array<float>: the row's own where it is no
-            rating, else that of the other side's row, null where there is none.
+            id string; is_rating; rating float; vector array<float>: for a rating, the other side's
+            row, else the row itself; null if there is none. An id's records may span batches.
 
         Returns
         -------
-        Batches of `_ROW_SCHEMA`. An id may begin in one batch and end in another.
+        Batches of `_ROW_SCHEMA`.
         """
         row: _Row | None = None
         for batch in batches:
@@ -340,7 +338,7 @@ class Equations:
         vectors: NDArray[np.float32],
         valid: NDArray[np.bool_],
     ) -> None:
-        """Add some ratings of a row to its sums; vectors float32 (n, rank)."""
+        """Add some ratings of a row to its sums; `vectors` are float32 (n, rank)."""
         row.n_ratings += len(values)
         if row.x is None:
             row.unmatched += len(values)
@@ -361,9 +359,9 @@ class Equations:
             row.penalised += int(np.count_nonzero(r > 0))
 
     def residual(self, row: _Row) -> float:
-        """||A x - b|| / max(||b||, floor), projected where factors are held at or above 0.
+        """||A x - b|| / max(||b||, floor), with the projected gradient if factors are nonnegative.
 
-        0 where the numerator is 0; infinite where only the denominator is, or x is not usable.
+        0 if the numerator is 0; infinite if only the denominator is 0, or if x is not usable.
         """
         if row.x is None or row.copies != 1:
             return math.inf
@@ -373,7 +371,7 @@ class Equations:
         if self.nonnegative:
             if (row.x < 0).any():
                 return math.inf
-            # At the boundary only a pull inwards is left to follow.
+            # At the boundary x can only move inwards.
             gradient = np.where(row.x > 0, gradient, np.minimum(gradient, 0))
         numerator, denominator = float(np.linalg.norm(gradient)), float(np.linalg.norm(row.b))
         if not (math.isfinite(numerator) and math.isfinite(denominator)):

@@ -1,25 +1,19 @@
-"""DataFrames that are computed once, and what the session can do at a time."""
+"""Helpers for DataFrames: compute once, aggregate both sides, count the session's task slots."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from unlearn_spark.core.blocks import SIDES
-
-if TYPE_CHECKING:
-    from pyspark.sql import Column
-
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from pyspark.sql import functions as F
 
+from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.spark.arrow import matrix_of
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
 
 
 def gram_of(rows: DataFrame, rank: int) -> np.ndarray:
@@ -39,9 +33,9 @@ def gram_of(rows: DataFrame, rank: int) -> np.ndarray:
 
 
 def session_parallelism(spark: SparkSession) -> int:
-    """Task slots of the session, learnt in a way that Connect allows.
+    """The number of task slots of the session, found in a way that Spark Connect allows.
 
-    `spark.range` is cut into one slice per default task slot.
+    Spark cuts `spark.range` into one slice per default task slot.
     """
     slices = spark.range(4096).select(F.spark_partition_id().alias("slice"))
     last = slices.agg(F.max("slice")).first()
@@ -49,19 +43,15 @@ def session_parallelism(spark: SparkSession) -> int:
 
 
 def materialise(frame: DataFrame, how: str) -> DataFrame:
-    """Compute a frame once and keep it.
+    """Compute a frame once and keep its rows.
 
-    Parameters
-    ----------
-    how
-        `execution.checkpoint`: "local" also truncates the plan, so that loops stay fast; "persist"
-        is for clusters that may lose executors.
+    `how` is `execution.checkpoint`: "local" also truncates the plan, which keeps loops fast;
+    "persist" is for clusters that may lose executors.
     """
     frame = frame.persist()
     if how == "local":
-        # A checkpoint keeps the estimated size of its plan, and the estimate of a join is a
-        # product: in a loop it would double its digits every round, until planning takes minutes.
-        # That of a cache is what it measured.
+        # Cached first: a checkpoint keeps the plan's estimated size, and a join's is a product. In
+        # a loop the estimate would double its digits every round. A cache knows its true size.
         kept = frame.localCheckpoint(eager=True)
         frame.unpersist()
         return kept
@@ -70,7 +60,7 @@ def materialise(frame: DataFrame, how: str) -> DataFrame:
 
 
 def aggregates_of(frames: dict[str, DataFrame], *aggregates: Column) -> dict[str, tuple[Any, ...]]:
-    """Aggregates of the frames of both sides, by one job and one row."""
+    """By side: the aggregates of its frame. One job computes both sides."""
     users, items = (frames[side].agg(*aggregates) for side in SIDES)
     row = users.crossJoin(items).first()
     assert row is not None

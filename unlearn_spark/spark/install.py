@@ -1,4 +1,4 @@
-"""Put Delta's jars and our defaults where this interpreter's Spark finds them."""
+"""Installs Delta's jars and our defaults where this interpreter's Spark finds them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unlearn_spark.spark.java import ensure_java, jars_directory
 def install_jars() -> list[str]:
     """Copy Delta's jars into this interpreter's pyspark, so that plain `spark-submit` has them.
 
-    Resolves them once through Ivy, as delta-spark's own helper does. Returns the names copied.
+    Ivy resolves them, as in delta-spark's own helper. Returns the names of the copied jars.
     """
     target = jars_directory()
     if any(target.glob("delta-spark*.jar")):
@@ -33,7 +33,7 @@ def install_jars() -> list[str]:
     copied = []
     for jar in resolved:
         # Ivy names its copies organisation_artifact-version.jar. Only these two organisations are
-        # Delta's own; the rest are libraries of which Spark ships versions of its choice.
+        # Delta's own; of the other libraries Spark ships its own versions.
         organisation, _, artifact = jar.name.partition("_")
         if organisation in ("io.delta", "io.unitycatalog"):
             shutil.copyfile(jar, target / artifact)

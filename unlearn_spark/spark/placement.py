@@ -1,4 +1,4 @@
-"""Where Spark puts the parts: grouping keys that fill partitions one by one."""
+"""Grouping keys that Spark spreads evenly: one part per partition."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _murmur3_int(value: int, seed: int = 42) -> int:
 
 @lru_cache(maxsize=64)
 def balanced_keys(n: int) -> tuple[int, ...]:
-    """`n` integers that Spark's hash partitioning spreads over `n` partitions one by one.
+    """`n` integers that Spark's hash partitioning puts into `n` partitions, one into each.
 
-    With the keys 0..n-1 about a third of the partitions would stay empty and others hold two or
-    three parts, which a stage then waits for. Only the balance rests on this, no result.
+    The keys 0..n-1 would leave some partitions empty and put several parts into others, and a stage
+    waits for its fullest partition. Results do not depend on the keys.
     """
     keys: dict[int, int] = {}
     candidate = 0
@@ -39,10 +39,10 @@ def balanced_keys(n: int) -> tuple[int, ...]:
 
 
 def part_key(slot: str, keys: Sequence[int]) -> str:
-    """SQL for: the grouping key of the part that a slot (or a part's own number) belongs to."""
+    """SQL of the grouping key of a part, from a slot in it or from the part's own number."""
     return f"element_at({int_array(keys)}, {slot} % {len(keys)} + 1)"
 
 
 def int_array(numbers: Iterable[int]) -> str:
-    """SQL for: an array of these numbers."""
+    """SQL of an array of these numbers."""
     return f"array({', '.join(map(str, numbers))})"

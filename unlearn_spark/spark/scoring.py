@@ -1,8 +1,7 @@
-"""Scores of (user, item) pairs and the best n of a side, as matrix products over blocks.
+"""Scores (user, item) pairs, and finds the n best candidates of every query row.
 
-Both sides are packed into blocks of a bounded number of rows; each pair of blocks is one matrix
-product in one task, which keeps only the best n of every query. Rows of the two sides are never
-paired one by one, and neither side has to fit into a task.
+`top_n` packs both sides into blocks of bounded size. For each pair of blocks one task computes a
+matrix product and keeps the n best of every query. So neither side has to fit into a task.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
 QUERY_ROWS = 4096
-"""Query rows of one block."""
+"""Query rows in a block."""
 
 CANDIDATES_PER_QUERY_ROW = 8
-"""A candidate block has this many times the rows of a query block: merging costs more than
-multiplying."""
+"""Rows of a candidate block per row of a query block; more than 1, because merging partial lists
+costs more than multiplying."""
 
 BLOCK_BYTES = 64 << 20
-"""Factors of one block; at high ranks this bounds its rows."""
+"""Largest size of a block's factors; bounds its rows at high ranks."""
 
 SCORE_BYTES = 32 << 20
-"""Scores that a task holds at a time."""
+"""Size of the scores that a task holds at a time."""
 
 MAX_PARTITIONS = 4096
 
@@ -58,7 +57,7 @@ def best(
     n: int,
     excluded: tuple[NDArray[np.integer], NDArray[np.integer]] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """The n best candidates of every query by scalar product.
+    """Find the n best candidates of every query by scalar product.
 
     Parameters
     ----------
@@ -67,14 +66,14 @@ def best(
     n
         At least 1.
     excluded
-        Rows of `queries` and of `candidates`, pairwise, that must not be named.
+        Row numbers in `queries` and in `candidates`: pairs that must not be chosen.
 
     Returns
     -------
     counts : int64 (m,)
-        Candidates found for each query: n, or fewer where fewer are left.
+        Candidates found for each query: n, or all that are left if these are fewer.
     chosen : int64 (counts.sum(),)
-        Rows of `candidates`, query by query, by falling score and then rising row.
+        Row numbers in `candidates`, query by query, by falling score and then rising row.
     scores : float32 (counts.sum(),)
     """
     m, c = len(queries), len(candidates)
@@ -103,12 +102,12 @@ def best(
 
 
 def _best_columns(scores: NDArray[np.float32], width: int) -> NDArray[np.int64]:
-    """Columns of the `width` largest scores of each row; of equal scores the lower column."""
+    """Columns of the `width` largest scores of each row; between equal scores, the lower column."""
     if width < scores.shape[1]:
         columns = np.argpartition(scores, -width, axis=1)[:, -width:]
         threshold = np.take_along_axis(scores, columns, axis=1).min(axis=1)
-        # The partition takes any of the scores that equal the threshold; where there are more
-        # of them than places, the lower columns must win.
+        # argpartition keeps arbitrary ones of the scores that equal the threshold. If there are
+        # more of them than places, the lower columns must win.
         surplus = np.count_nonzero(scores >= threshold[:, None], axis=1) > width
         for row in np.flatnonzero(surplus):
             columns[row] = np.argsort(-scores[row], kind="stable")[:width]
@@ -127,7 +126,7 @@ def top_n(
     *,
     query_rows: int = QUERY_ROWS,
 ) -> DataFrame:
-    """The n candidates with the largest scalar product, for every query.
+    """Find the n candidates with the largest scalar products for every query.
 
     Parameters
     ----------
@@ -136,16 +135,16 @@ def top_n(
     n
         At least 1.
     exclude
-        query_id, candidate_id: pairs that must not be named, such as ratings that exist already.
-        Pairs with ids that occur on neither side are allowed.
+        query_id, candidate_id: pairs that must not be chosen, for example existing ratings. Ids
+        may be unknown to `queries` and `candidates`.
     query_rows
-        Queries of one block.
+        Query rows in a block.
 
     Returns
     -------
     DataFrame
         id, recommendations array<struct<id, rating float>> by falling rating, equal ones by id.
-        Every query has a row; its array is shorter than n where fewer candidates are left.
+        Every query has a row. Its array is shorter than n if fewer candidates are left.
 
     Raises
     ------
@@ -182,7 +181,7 @@ def top_n(
             _exactly("query_id", types["id"]), _exactly("candidate_id", types["candidate"])
         ).dropna()
         if n_query_blocks == 1:
-            # A handful of queries: do not move everybody's pairs.
+            # The queries are few: do not shuffle everybody's pairs.
             asked = queries.select(F.col("id").alias("query_id"))
             pairs = pairs.join(F.broadcast(asked), "query_id", "left_semi")
         pairs = pairs.withColumns(
@@ -201,7 +200,7 @@ def top_n(
 
 
 def _exactly(column: str, kind: DataType) -> Column:
-    """The values of a column in this type; null where it has none that equals the value."""
+    """A column cast to this type; null where the cast changes the value."""
     value = F.col(column).try_cast(kind)
     return F.when(value == F.col(column), value).alias(column)
 
@@ -214,7 +213,7 @@ def _result_type(query_type: DataType, candidate_type: DataType) -> StructType:
 
 
 def _packed(rows: DataFrame, n_blocks: int) -> DataFrame:
-    """`_BLOCK_SCHEMA`: rows of a block in the order of their ids."""
+    """Rows packed into blocks (`_BLOCK_SCHEMA`), in each by rising id."""
 
     def pack(table: pa.Table) -> pa.Table:
         table = table.sort_by("id").combine_chunks()
@@ -237,7 +236,7 @@ def _packed(rows: DataFrame, n_blocks: int) -> DataFrame:
 
 
 def _paired(rows: DataFrame, n_blocks: int, n_others: int, *, is_query: bool) -> DataFrame:
-    """Every block of one side once for every block of the other."""
+    """The blocks of one side, each repeated for every block of the other."""
     own, other = ("query_block", "block") if is_query else ("block", "query_block")
     packed = _packed(rows, n_blocks).withColumnRenamed("block", own)
     others = F.explode(F.sequence(F.lit(0), F.lit(n_others - 1)))
@@ -249,7 +248,7 @@ def _paired(rows: DataFrame, n_blocks: int, n_others: int, *, is_query: bool) ->
 
 
 def _placed(rows: DataFrame, n_query_blocks: int, n_blocks: int) -> DataFrame:
-    """Rows keyed by their pair of blocks, one partition a pair as far as that is sensible."""
+    """Rows keyed by their pair of blocks, with one partition per pair up to `MAX_PARTITIONS`."""
     pairs = n_query_blocks * n_blocks
     pair = F.col("query_block") * F.lit(n_blocks) + F.col("block")
     if pairs <= 512:
@@ -274,13 +273,13 @@ def _excluding_block_scorer(n: int, result: pa.Schema) -> Callable[[pa.Table, pa
 
 
 def _scored(messages: pa.Table, pairs: pa.Table | None, n: int, result: pa.Schema) -> pa.Table:
-    """The best n candidates of one block for every query of another."""
+    """The n best candidates of one candidate block for every query of one query block."""
     one = result.field("recommendations").type.value_type
     sides = {
         True: (pa.array([], result.field("id").type), np.zeros((0, 1), np.float32)),
         False: (pa.array([], one.field("id").type), np.zeros((0, 1), np.float32)),
     }
-    # A block number that no id hashes to sends no message.
+    # If no id hashes to a block, its message is missing.
     for message in arrays_of(messages.select(["is_query", "ids", "factors"])):
         ids = _from_bytes(message["ids"])
         factors = np.frombuffer(message["factors"], np.float32)
@@ -306,9 +305,9 @@ def _scored(messages: pa.Table, pairs: pa.Table | None, n: int, result: pa.Schem
 
 
 def _merged(parts: DataFrame, n: int, result: StructType) -> DataFrame:
-    """The best n of every query's partial lists."""
+    """The n best of every query's partial lists."""
     one = result["recommendations"].dataType.elementType  # type: ignore[attr-defined]
-    # Ascending order of (-rating, id) is Spark's own order of structs, with no lambda to interpret.
+    # Spark's own order of structs sorts by (-rating, id); a comparator would be interpreted.
     falling = F.transform(
         "recommendations",
         lambda entry: F.struct((-entry["rating"]).alias("falling"), entry["id"].alias("id")),
@@ -334,17 +333,17 @@ def _from_bytes(data: pa.Buffer) -> pa.Array:
 
 
 def dot_products(left: pa.Array, right: pa.Array) -> pa.Array:
-    """Row-wise scalar products.
+    """Row-wise scalar products of two columns.
 
     Parameters
     ----------
     left, right : array<float> (n,)
-        Lists of one length, or null.
+        Lists of equal length, or null.
 
     Returns
     -------
     pa.Array
-        float (n,); NaN where either side is null.
+        float (n,); NaN where either list is null.
     """
     known = pc.and_(left.is_valid(), right.is_valid()).to_numpy(zero_copy_only=False)
     products = np.full(len(known), np.nan, np.float32)
@@ -367,7 +366,7 @@ def predict_pairs(
     prediction_col: str = "prediction",
     cold_start: str = "nan",
 ) -> DataFrame:
-    """Add the predicted rating of every (user, item) row.
+    """Add the predicted rating to every (user, item) row.
 
     Parameters
     ----------
@@ -376,7 +375,7 @@ def predict_pairs(
     user_factors, item_factors
         id, factors array<float>.
     cold_start
-        What becomes of rows with an id that the model does not have: `nan` or `drop`.
+        What to do with rows whose user or item the model does not know: `nan` or `drop`.
 
     Returns
     -------
@@ -386,8 +385,8 @@ def predict_pairs(
     Raises
     ------
     InputError
-        A column is missing or there already, the ids are not of the model's kind, or
-        `cold_start` is neither of the two.
+        An id column is missing, the prediction column exists already, the model's ids are of
+        another kind, or `cold_start` is neither of the two.
     """
     if cold_start not in ("nan", "drop"):
         raise InputError(f"cold start strategy {cold_start!r} is unknown; use 'nan' or 'drop'")
@@ -405,7 +404,7 @@ def predict_pairs(
             F.col("id").alias(f"__{side}_id"), F.col("factors").alias(f"__{side}_factors")
         )
         joined = joined.join(renamed, F.col(quoted(column)) == F.col(f"__{side}_id"), how)
-    # The kind of function is read from its annotations, which pyspark's own stubs do not know.
+    # pyspark reads the kind of function from its annotations, which its own stubs do not know.
     dot = F.arrow_udf(dot_products, FloatType())  # type: ignore[call-overload]
     kept = [F.col(quoted(name)) for name in pairs.columns]
     product = dot("__user_factors", "__item_factors").alias(prediction_col)
@@ -413,12 +412,12 @@ def predict_pairs(
 
 
 def require_ids(frame: DataFrame, column: str, factors: DataFrame) -> None:
-    """Check that a column exists and its ids can be looked up among a model's.
+    """Check that a column exists and that its ids can match a model's.
 
     Raises
     ------
     InputError
-        It is missing, or numbers meet text.
+        The column is missing, or one of the two has numbers and the other has text.
     """
     if column not in frame.columns:
         raise InputError(f"column {column} is missing; there are {', '.join(frame.columns)}")

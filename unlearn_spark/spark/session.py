@@ -1,9 +1,8 @@
-"""The one place that builds a SparkSession.
+"""Finds or builds the SparkSession of a job; the one place that builds one.
 
-A session that exists already (a Databricks notebook, a test suite) is taken, and a few of its
-runtime settings are changed (`_DEFAULTS`). Otherwise a local one is built with what the product
-needs: Delta's jars and extensions, Python workers that run this very interpreter, and one BLAS
-thread in each of them.
+If a session exists (in a notebook, say), `get_spark` changes a few of its settings (`_DEFAULTS`).
+Otherwise it builds one with Delta's jars and extensions, whose Python workers run this interpreter
+with one BLAS thread each.
 """
 
 from __future__ import annotations
@@ -40,21 +39,19 @@ _DELTA = {
 JAVA_OPTIONS = (
     # Deep plans and MLlib's ALS lineage overflow the JVM's default stack.
     "-Xss16m",
-    # These keep the heap near what is in use; other collectors than G1 take no notice of most. G1
-    # grows it when pauses take more than 1/13 of the time, a limit that it scales down by how much
-    # smaller the heap is than it may be (to 1/100 at 0.5 GB of 8): half of the time instead.
+    # The other options keep the heap near what is in use; most only affect the G1 collector.
+    # `conf/spark-defaults.conf` has the same for spark-submit.
+    # G1 grows the heap when collecting takes more than a share of the time, a tiny one in a small
+    # heap. Set the share to a half.
     "-XX:GCTimeRatio=1",
-    # It looks for garbage among what outlived a few collections, such as the factors of earlier
-    # sweeps, when it predicts that to be needed, which is late: at 30% of the heap instead. (At 45%
-    # a session of many nights collects less, and trainings take 0.15 GiB more.)
+    # G1 collects long-lived garbage, for example the factors of earlier sweeps, only when it
+    # predicts the need. Do so when 30% of the heap is full.
     "-XX:-G1UseAdaptiveIHOP",
     "-XX:InitiatingHeapOccupancyPercent=30",
-    # Whenever it has looked, it leaves the first share of the heap free and gives back what is free
-    # beyond the second. `conf/spark-defaults.conf` has the same for spark-submit.
+    # After that, keep the first share of the heap free, and give back what is beyond the second.
     "-XX:MinHeapFreeRatio=20",
     "-XX:MaxHeapFreeRatio=40",
-    # In a smaller heap what a session holds itself is more than 30%, and it would look without end.
-    # Spark wants no less than 450 MB.
+    # In a smaller heap, what the session itself holds fills those 30%: G1 would never rest.
     "-Xms400m",
 )
 
@@ -63,40 +60,40 @@ _STATIC_DEFAULTS = {
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
     "spark.python.worker.reuse": "true",
-    # Rating and factor messages are incompressible binaries: compressing them only costs time.
+    # Rating and factor messages hardly compress.
     "spark.shuffle.compress": "false",
     "spark.shuffle.spill.compress": "false",
-    # Checksums by the processor's own instruction: Adler32, the default, is a pass of its own.
+    # The processor has an instruction for CRC32C; Adler32, the default, is slower.
     "spark.shuffle.checksum.algorithm": "CRC32C",
-    # Rows are few and of up to a megabyte: a sort of them would not fill the default's 64.
+    # A sort of our few large rows would leave most of a default page empty.
     "spark.buffer.pageSize": "500k",
-    # Every stage is broadcast in blocks of this size, of which it fills a fraction.
+    # The description of a stage, which Spark broadcasts, fills a fraction of a default block.
     "spark.broadcast.blockSize": "256k",
 }
 
 _TIME_ZONE = "spark.sql.session.timeZone"
 _TIMESTAMPS = "spark.sql.timestampType"
 
-# Set once the session runs, also where it was not built here.
+# Runtime settings of every session, whoever built it.
 _DEFAULTS = {
     _TIME_ZONE: "UTC",
-    # What `timestamp` means. A table made where it means local times would fit no other session.
+    # What `timestamp` means. If it meant local times, other sessions could not use our tables.
     _TIMESTAMPS: "TIMESTAMP_LTZ",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "200000",
-    # Every query's plan is written out for the event log; with caches in caches that is megabytes.
+    # Spark writes every query's plan to the event log; plans with nested caches are huge.
     "spark.sql.maxPlanStringLength": "20000",
-    # A list of user keys skips pages of a file; of a longer one Parquet is told first and last.
+    # Parquet skips pages by a list of user keys up to this length, and by a range beyond it.
     "spark.sql.parquet.pushdown.inFilterThreshold": "256",
-    # Hardly two factors are alike: Parquet need not look every one up in a dictionary first.
+    # Factors hardly ever repeat, so a Parquet dictionary of them would be useless.
     "parquet.enable.dictionary#factors.list.element": "false",
-    # Re-reading a Delta log of a few commits needs no fifty tasks.
+    # Our Delta logs are short: one task reads them.
     "spark.databricks.delta.snapshotPartitions": "1",
 }
 
 
 _MALLOC = {
-    # Messages (`als.solver.MESSAGE_BYTES`) and whatever is larger go back to the system when they
-    # are freed, in the JVM and in workers; else a heap of 30 to 80 MB a worker would remain.
+    # Let the JVM and the workers give freed memory back to the system if it is of the size of a
+    # message (`core.solver.MESSAGE_BYTES`) or larger. Otherwise every worker would keep it.
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -104,14 +101,14 @@ _MALLOC = {
 
 
 def prepare_workers() -> None:
-    """Set what Python workers inherit; only has effect before the first session starts."""
+    """Set the environment that Python workers inherit. Call it before the first session starts."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
     for name in _BLAS_VARIABLES:
         os.environ.setdefault(name, "1")
     for name, value in _MALLOC.items():
         os.environ.setdefault(name, value)
-    # Workers import this package by path when it is run from a checkout without being installed.
+    # In a checkout that is not installed, workers find this package by path.
     package_parent = str(Path(unlearn_spark.__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH", "")
     if package_parent not in path.split(os.pathsep):
@@ -124,17 +121,19 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     Parameters
     ----------
     settings
-        `settings.spark` names the master or a Connect server, the driver's memory and any
-        further Spark settings. Defaults where None.
+        `settings.spark` names the master or a Connect server, the driver's memory and further
+        Spark settings. None: defaults.
 
     Raises
     ------
     UserError
-        No usable Java, or Spark refused the settings (a port that is taken, a bad master...).
+        There is no usable Java, the Connect server does not answer, or Spark refused the settings.
+    SettingsError
+        The settings change what timestamps mean.
     """
     from pyspark.sql import SparkSession
 
-    # Here, because workers import this module too.
+    # Imported here, because workers import this module too.
     from unlearn_spark.config import Settings
 
     spark_settings = (settings or Settings()).spark
@@ -162,10 +161,10 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
         return session
 
     ensure_java()
-    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # the JVM runs already: spark-submit
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit has started the JVM
     conf: dict[str, str] = {**_STATIC_DEFAULTS, **_DELTA}
     conf["spark.driver.memory"] = spark_settings.driver_memory
-    if not submitted:  # else the JVM that starts the workers does not know where this package is
+    if not submitted:  # the JVM of spark-submit does not know where this package is
         conf["spark.python.daemon.module"] = "unlearn_spark.spark.worker_daemon"
     for name in _BLAS_VARIABLES:
         conf[f"spark.executorEnv.{name}"] = "1"
@@ -176,8 +175,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
     if place:
         builder = builder.remote(place) if remote else builder.master(place)
     if place.startswith("local"):
-        # Spark's 200 are for clusters: here each of them is a task of a few milliseconds that
-        # costs ten to schedule.
+        # Spark's default of 200 is for clusters: here a task takes longer to schedule than to run.
         conf.setdefault("spark.sql.shuffle.partitions", str(max(4, os.cpu_count() or 1)))
     for key, value in conf.items():
         builder = builder.config(key, value)
@@ -194,8 +192,7 @@ def get_spark(settings: Settings | None = None) -> SparkSession:
 
 
 def with_further(conf: Mapping[str, str], further: Mapping[str, object]) -> dict[str, str]:
-    """Settings of Spark with a user's own, which win; options of the JVM are added to ours, where
-    the last of two that contradict each other wins."""
+    """Our settings and a user's, which win; of JVM options, which are appended, the last wins."""
     merged = dict(conf)
     for key, value in further.items():
         ours = merged.get(key) if key.endswith(".extraJavaOptions") else None
@@ -215,19 +212,19 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _set_up(session: SparkSession, wanted: Mapping[str, object]) -> None:
-    """Settings of a session that runs; those that cannot be changed are named on stderr if they are
-    a user's own, for ours change how long something takes and no result, but for what times mean.
+    """Apply settings to a running session. Warn about user settings that Spark refuses; ignore
+    refused defaults, which affect only speed, except those of times.
 
     Raises
     ------
     UserError
-        The time zone or the type of timestamps cannot be changed and is another.
+        The session has another time zone or timestamp type, and Spark refuses to change it.
     """
     for key, value in wanted.items():
         if set_if_allowed(session, key, str(value)):
             continue
         found = session.conf.get(key, None)
-        # Options of the JVM follow ours (`with_further`), and YAML's `false` is `False` as a text.
+        # `with_further` appended JVM options to ours, and YAML's `false` is the text `False`.
         if f" {found}".lower().endswith(f" {value}".lower()):
             continue
         if key in (_TIME_ZONE, _TIMESTAMPS):
@@ -237,7 +234,7 @@ def _set_up(session: SparkSession, wanted: Mapping[str, object]) -> None:
             )
         if key not in _DEFAULTS:
             print(
-                f"unlearn-spark: {key} of spark.conf cannot be changed in a session that runs; "
+                f"unlearn-spark: {key} of spark.conf cannot be changed in a running session; "
                 "set it where the session is made",
                 file=sys.stderr,
             )

@@ -1,30 +1,27 @@
-"""Settings of a Spark session for some kinds of queries."""
+"""Temporary Spark settings for particular kinds of queries."""
 
 from __future__ import annotations
 
 NARROW_ROWS = {"spark.sql.execution.arrow.maxBytesPerBatch": str(2**31 - 1)}
-"""Hand rows to Python in batches that the number of rows alone limits. Spark 4.1 also limits their
-bytes, and to do so adds up the sizes of all vectors after every row: with rows of three numbers
-that takes longer than all the rest."""
+"""For tables of a few numbers per row: limit batches for Python by rows only. To limit bytes too,
+Spark 4.1 adds up the sizes of all vectors after every row, which takes most of the time."""
 
 LARGE_ROWS = {"spark.sql.inMemoryColumnarStorage.batchSize": "1"}
-"""Cache every row by itself. Else their bytes are gathered in buffers of up to 4 MB that grow step
-by step, and objects of that size make the JVM's heap grow (see `solver.MESSAGE_BYTES`)."""
+"""For rows of large binaries: cache every row by itself. Spark would gather several in buffers so
+large that the JVM's heap grows (see `core.solver.MESSAGE_BYTES`)."""
 
 SMALL_QUERIES = {
-    # Interpret expressions outside of whole-stage code. Delta keeps the state of a table in rows of
-    # so many fields that Spark compiles none of their stages whole; each of their tasks then writes
-    # the code of its projections anew, and to split it measures it line by line with regular
-    # expressions. That was two fifths of what the tasks of a night took, and its small tables do
-    # not need compiled code.
+    # Interpret expressions outside of whole-stage code. The rows in which Delta keeps a table's
+    # state have too many fields for whole-stage code, so every task would generate the code of its
+    # projections anew. That is slow, and small tables do not need compiled code.
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-    # For the commits of a Delta log, read as text, such code is written all the same, and every
-    # task has its share of unpacking plans: one task for what fits into one, however many cores.
+    # A Delta log read as text still needs generated code, and every task unpacks its plan: use one
+    # task for what fits into one.
     "spark.sql.files.minPartitionNum": "1",
     "spark.sql.files.maxPartitionBytes": "32m",
     "spark.sql.shuffle.partitions": "1",
-    # Nothing is left to adapt, and to plan anew after every stage takes longer than most stages.
+    # One partition leaves nothing to adapt, and replanning takes longer than most stages.
     "spark.sql.adaptive.enabled": "false",
 }
-"""For many queries over small tables, where planning and starting tasks is what takes time. Where
-there may be many rows, the number of partitions must be said."""
+"""For many queries over small tables, where planning and starting tasks takes the time. A query
+that may have many rows must name its number of partitions."""

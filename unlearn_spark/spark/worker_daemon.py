@@ -1,13 +1,11 @@
-"""What Python workers are forked from: pyspark's daemon with the product's imports done already.
+"""Starts Python workers faster: pyspark's daemon with our imports done already.
 
-A job of seconds starts a dozen workers, and each would import NumPy, Arrow and the compiled kernels
-anew (0.6 s), and pandas, which pyspark itself imports in every worker that calls an Arrow function
-(0.4 s, 30 MB); a fork of a process that has them starts at once and shares their memory. Spark runs
-this module where `spark.python.daemon.module` names it (`unlearn_spark.spark.session` does).
+Spark forks its Python workers from this process if `spark.python.daemon.module` names it, which
+`unlearn_spark.spark.session` does. So a worker starts with NumPy, Arrow, pandas (which pyspark
+imports for Arrow functions) and the compiled kernels, and shares their memory.
 
-It also imports pyspark from its directory. Spark puts its zips and a jar before that, and a worker
-invalidates the import caches at the start of every task. For that `zipimport` reads the directory
-of such a file again, once for every package in it: 0.1 to 0.2 s of processor time in each task.
+The daemon also takes Spark's zips and jars from `sys.path` where pyspark is a directory. Every task
+invalidates the import caches, after which `zipimport` would read those files again.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ def without_archives(path: Sequence[str]) -> list[str]:
     directories = [entry for entry in path if not Path(entry).is_file()]
     specs = [PathFinder.find_spec(name, directories) for name in ("pyspark", "py4j")]
     if any(spec is None or spec.origin is None for spec in specs):
-        return list(path)  # a cluster's own Spark: the zips are all there is
+        return list(path)  # a cluster's own Spark, which only has the zips
     home = Path(str(specs[0].origin)).resolve().parent  # type: ignore[union-attr]
     return [
         entry for entry in path if entry in directories or home not in Path(entry).resolve().parents
@@ -34,7 +32,7 @@ def without_archives(path: Sequence[str]) -> list[str]:
 
 
 def warm_up() -> None:
-    """Import what tasks name, and load the compiled kernels: solve one row in both precisions."""
+    """Import what tasks name, and load the compiled kernels by solving a row in both precisions."""
     import numpy as np
     import pandas  # noqa: F401
 
@@ -58,7 +56,7 @@ def main() -> None:
     import pyspark.daemon
 
     warm_up()
-    gc.freeze()  # so that a collection in a worker does not copy the shared pages
+    gc.freeze()  # or a collection in a worker would copy the shared pages
     pyspark.daemon.manager()
 
 

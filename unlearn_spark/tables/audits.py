@@ -47,12 +47,12 @@ def append(
     tombstoned_ratings_found: int,
     holds: bool,
 ) -> int:
-    """Add one audit, of now; returns the Delta version of the table that holds it.
+    """Add an audit that ends at this moment; return the Delta version that holds it.
 
     Parameters
     ----------
     max_residual
-        The largest relative residual of the `user` rows and of the `item` rows.
+        By side: the largest relative residual of its rows.
     """
     store.create(TABLE, SPEC)
     row = (

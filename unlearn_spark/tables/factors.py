@@ -1,7 +1,7 @@
 """Factor rows, their ledger and the rating blocks they solve, as Delta tables.
 
-All are partitioned by block and never by id. A whole model overwrites them; later jobs overwrite
-only the blocks that changed, and every other block keeps its very files.
+No table is partitioned by id. A whole model overwrites them all. A night replaces only the factor
+blocks that changed, and every other block keeps its very files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RATING_BLOCKS = "rating_blocks"
 RATING_CHANGES = "rating_changes"
 
 CHUNKS_PER_FILE = 64
-"""16 MB, a row group each: for the ratings of one row no more than its chunk is read."""
+"""Chunks in one file; each is a row group, so the ratings of one row are read with few others."""
 
 
 def factor_table(side: str) -> str:
@@ -97,7 +97,7 @@ RATING_BLOCKS_SPEC = TableSpec(
     partition_by=("side", "block"),
     skipping=("chunk",),
 )
-"""The ratings that a model solves, packed by row on both sides (`als.blocks.RatingBlock`)."""
+"""The ratings that a model solves, packed by row on both sides (`core.blocks.RatingBlock`)."""
 
 RATING_CHANGES_SPEC = TableSpec(
     _fields(
@@ -112,20 +112,20 @@ RATING_CHANGES_SPEC = TableSpec(
     partition_by=("side",),
     skipping=("block", "model_version"),
 )
-"""What changed in the rating blocks since they were packed: change -1 removes the pair, +1 adds
-it. Ratings of a night are few; packing them anew would rewrite every block they touch."""
+"""What changed since the rating blocks were packed: change -1 removes the pair, +1 adds it. A night
+changes few ratings; packing them anew would rewrite every block that they touch."""
 
 
 def _placed(rows: DataFrame, *partition: str, within: str, n_tasks: int | None = None) -> DataFrame:
-    """One file per partition value, sorted inside; None: as many tasks as the session's shuffles
-    have."""
+    """Rows for one file per partition value, sorted inside; `n_tasks` None: as many tasks as the
+    session's shuffles have."""
     columns = [F.col(name) for name in partition]
     placed = rows.repartition(*columns) if n_tasks is None else rows.repartition(n_tasks, *columns)
     return placed.sortWithinPartitions(*partition, within)
 
 
 def write_factors(store: Store, side: str, rows: DataFrame) -> int:
-    """Replace the factor rows of a side by these."""
+    """Replace the factor rows of a side by these; return the Delta version."""
     table = factor_table(side)
     spec = factor_spec(rows.schema["id"].dataType)
     store.create(table, spec)
@@ -140,8 +140,8 @@ def replace_factor_blocks(
     Parameters
     ----------
     gathered
-        All rows of a block lie in one partition already, as they do where the table's own files
-        were read, each of which is a row group: none is moved to make one file a block.
+        All rows of a block already lie in one Spark partition, as they do when the table's own
+        files are read (each is one row group). Then no row is moved to make one file a block.
     """
     rows = rows.select(*factor_spec(rows.schema["id"].dataType).schema.names)
     if gathered:
@@ -152,7 +152,7 @@ def replace_factor_blocks(
 
 
 def _with_bounds(entries: DataFrame, floors: Mapping[str, float]) -> DataFrame:
-    """Entries (side, id, block, slot, chunk, n_ratings and the norms) as the ledger has them."""
+    """Ledger rows from entries: side, id, block, slot, chunk, n_ratings and the norms."""
     floor = F.when(F.col("side") == "user", floors["user"]).otherwise(floors["item"])
     return entries.withColumn("bound", bound_expression(floor)).select(*LEDGER_SPEC.schema.names)
 
@@ -164,7 +164,7 @@ def ledger_rows(rows: DataFrame, side: str, floors: Mapping[str, float]) -> Data
 
 
 def write_ledger(store: Store, rows: DataFrame) -> int:
-    """Replace the ledger by these rows."""
+    """Replace the ledger by rows from `ledger_rows`."""
     store.create(LEDGER, LEDGER_SPEC)
     return store.overwrite(LEDGER, _placed(rows, "side", "block", within="slot"))
 
@@ -184,15 +184,15 @@ def read_ledger(store: Store, version: int | None) -> DataFrame:
 
 
 def replace_ledger(store: Store, entries: DataFrame, floors: Mapping[str, float]) -> int:
-    """Replace all entries.
+    """Replace the ledger by a night's entries.
 
     Parameters
     ----------
     entries
-        side, id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm; all of a block
-        in one partition, so that none is moved to make one file a block.
+        side, id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm. All entries of
+        a block lie in one Spark partition, so none is moved to make one file a block.
     floors
-        By side what the model's residuals are relative to at least.
+        By side: the least denominator of a residual (`floor_of`).
     """
     rows = _with_bounds(entries, floors).sortWithinPartitions("side", "block", "slot")
     return store.overwrite(LEDGER, rows)
@@ -207,12 +207,11 @@ def write_rating_blocks(store: Store, chunks: DataFrame) -> int:
 
 
 def clear_rating_changes(store: Store) -> int:
-    """Empty the changes: the packed ratings are whole."""
+    """Empty the changes, because the packed ratings contain them."""
     store.create(RATING_CHANGES, RATING_CHANGES_SPEC)
     return store.overwrite(RATING_CHANGES, store.frame([], RATING_CHANGES_SPEC.schema))
 
 
 SMALL_ROW_GROUPS = {"parquet.block.size": str(256 * 1024), "parquet.page.size.row.check.min": "1"}
-"""Parquet files of many row groups, each with statistics of its own: one row each where rows are as
-large as a chunk of ratings, so that of a file the wanted ones alone are read. (Delta hands none of
-a writer's own options to Parquet.)"""
+"""Session settings (Delta hands Parquet no writer options) that make every chunk a row group with
+statistics of its own, so that a reader skips the others."""

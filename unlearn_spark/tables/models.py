@@ -1,8 +1,8 @@
-"""The models table: one row per published version, written last, and the only thing that makes a
-version visible.
+"""The models table: one row per published version.
 
-A row names the Delta version of every table that belongs to the model, so a reader gets one
-consistent state whatever is being written meanwhile, and a job that died half-way left nothing.
+The row is written last and makes the version visible. It names the Delta version of every table of
+the model, so a reader gets one consistent state whatever is being written meanwhile, and a job that
+died half-way changed nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ModelVersion:
     kind
         train, unlearn, update, import or rollback.
     ratings_version, tombstones_version, user_factors_version, ...
-        Delta versions of the tables; None where a table does not belong to it.
+        Delta versions of the tables; None if a table does not belong to the model.
     ratings_ingest_id
         The newest ingestion whose ratings the model has seen.
     settings
@@ -74,8 +74,8 @@ class ModelVersion:
     metrics
         Figures of the job.
     certificate
-        What is promised of every row: its residual, `max_residual` or less, to be compared with
-        `tau`; the `evidence` (scan, ledger); `holds`; `floor`; `reached`.
+        The promise about every row: its residual is at most `max_residual`. It `holds` if that is
+        at most `tau`. `evidence` is scan or ledger; `floor` and `reached` as in the properties.
     """
 
     model_version: int
@@ -103,22 +103,22 @@ class ModelVersion:
 
     @property
     def training_sweeps(self) -> int:
-        """Sweeps of the training that it descends from; 0 where that is not known."""
+        """Sweeps of the training that it descends from; 0 if unknown."""
         return int(self.metrics.get("training_sweeps", self.metrics.get("sweeps", 0)))
 
     @property
     def floors(self) -> dict[str, float]:
-        """By side what residuals are relative to at least (`floor_of`), as when it was
-        trained; 0 for models from before there were floors."""
+        """By side: the least denominator of a residual (`floor_of`), as its training measured it;
+        0 if its row has none."""
         stored = self.certificate.get("floor", {})
         return {side: float(stored.get(side, 0.0)) for side in SIDES}
 
     @property
     def reached(self) -> float:
-        """The largest residual that the last training or whole sweeps ended with; 0 where there
-        were none, or that is not known or not finite."""
+        """The largest residual that the last training or whole sweeps ended with; 0 if there were
+        none, or if it is unknown or not finite."""
         reached = self.certificate.get("reached")
-        if reached is None:  # from before it was stored
+        if reached is None:  # rows of earlier versions of this software lack it
             swept = self.kind != "import" and self.certificate.get("evidence") == "scan"
             reached = self.certificate["max_residual"] if swept else 0.0
         return float(reached) if math.isfinite(reached) else 0.0
@@ -140,7 +140,7 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of a version, and the ratings that it was fitted to."""
+    """Numbers of users and items of a version, and of the ratings that it was fitted to."""
 
     users: int
     items: int
@@ -148,7 +148,7 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """Of both sides."""
+        """Rows of both sides."""
         return self.users + self.items
 
 
@@ -172,7 +172,7 @@ def published(store: Store, model_version: int | None = None) -> ModelVersion:
     Raises
     ------
     TableMissingError
-        Nothing was ever published.
+        No version was ever published.
     InputError
         That version does not exist.
     """
@@ -198,13 +198,13 @@ def publish(store: Store, model: ModelVersion) -> ModelVersion:
     Raises
     ------
     ConflictError
-        Somebody else published that number; nothing became visible.
+        Another job published that number or a later one; nothing became visible.
     """
     store.create(TABLE, SPEC)
     model = replace(model, run_id=uuid.uuid4().hex, published_at=datetime.now(UTC))
     row = store.frame([model.to_values()], SPEC.schema)
-    # A merge without a partition predicate conflicts with every concurrent commit, and one that
-    # committed before is found by its condition: of two racing publishers one must lose.
+    # Of two racing publishers one must lose: a merge without a partition predicate conflicts with
+    # every concurrent commit, and its condition finds a row that was committed before.
     inserted = store.merge(
         TABLE,
         row,
@@ -228,7 +228,7 @@ def read_factors(store: Store, model: ModelVersion) -> tuple[DataFrame, DataFram
 
 
 def sizes(store: Store, model: ModelVersion) -> Sizes:
-    """How large a version is: as its metrics say, else counted."""
+    """The sizes of a version: from its metrics, else counted."""
     if all(field.name in model.metrics for field in fields(Sizes)):
         return Sizes(**{field.name: int(model.metrics[field.name]) for field in fields(Sizes)})
     users, items = (

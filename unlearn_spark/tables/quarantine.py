@@ -20,7 +20,7 @@ SPEC = TableSpec(
             T.StructField("source", T.StringType()),
             T.StructField("raw", T.StringType()),
             T.StructField("reason", T.StringType()),
-            # The ids that could be read, so that what is quarantined can be erased as well.
+            # The ids that could be read, so that quarantined rows can be erased as well.
             T.StructField("user_id", T.StringType()),
             T.StructField("item_id", T.StringType()),
             T.StructField("quarantined_at", T.TimestampType()),
@@ -30,15 +30,15 @@ SPEC = TableSpec(
 
 
 def add(store: Store, source: str, rows: DataFrame) -> int:
-    """Add refused rows that are not there yet; returns the Delta version that holds them.
+    """Add refused rows that are not there yet; return the Delta version that holds them.
 
     Parameters
     ----------
     source
         The input, as the user named it.
     rows
-        raw, reason, user_id, item_id: strings. A row is known by its source, text and reason, so
-        reading an input again adds nothing.
+        raw, reason, user_id, item_id: strings. Source, text and reason identify a row, so reading
+        an input again adds nothing.
     """
     store.create(TABLE, SPEC)
     known = store.read(TABLE).where(F.col("source") == source)

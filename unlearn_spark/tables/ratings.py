@@ -1,9 +1,8 @@
-"""The ratings table: one row per (user, item), found quickly by user, and how rows get into it.
+"""The ratings table, one row per (user, item): read, delete and insert ratings, quickly by user.
 
-Partitioned by `user_block`; inside a block files are sorted by `user_key`, a second hash of the
-user. No two blocks share a key: the keys of some users, wherever they are, let readers skip all
-files and all pages of a file that have none of them. No id and no rating is in Delta's statistics,
-because the log outlives the rows.
+The table is partitioned by `user_block`, and files are sorted by `user_key`, a second hash of the
+user. No two blocks share a key, so a reader with the keys of some users skips every file and page
+without them. Delta's statistics hold no id and no rating, because the log outlives the rows.
 """
 
 from __future__ import annotations
@@ -34,28 +33,26 @@ USER_KEYS = 1024
 ROWS_PER_BLOCK = 1_000_000
 MAX_USER_BLOCKS = 256
 USER_BLOCKS = "unlearn.blocksOfUserKeys"
-"""Where the number of user blocks stands: in the metadata of column `user_block`, or as a property
-of the table, where later versions of this software did not make it."""
+"""Key of the number of user blocks: in the metadata of column `user_block`, or in the properties of
+a table that an earlier version of this software made."""
 
 _PRUNING_LIMIT = 256
 """Most values in a list of blocks or keys; a longer list would skip little. The session hands lists
 of this length to Parquet (`spark.sql.parquet.pushdown.inFilterThreshold`)."""
 
 MOST_PAIRS = 1_000_000
-"""Most pairs that a function carries to the tasks that delete them, some ten megabytes; more only
-where a single block has more."""
+"""Most pairs that one commit deletes, because the driver holds them; one block may have more."""
 
 SMALL_PAGES = {
-    # Some users' ratings are a few pages of each file: those of five or so values of `user_key`.
+    # A page holds few values of `user_key`, so that little is read for some users.
     "parquet.page.row.count.limit": "5000",
-    # Hardly two times are alike: their dictionary, a megabyte a file, would be read for any page.
+    # Few times repeat, and their large dictionary would be read for any page.
     "parquet.enable.dictionary#rated_at": "false",
 }
-"""How Parquet writes the files, so that a night reads little of them. (Delta hands none of a
-writer's own options to it.)"""
+"""Session settings that let a night read little of a file (Delta hands on no writer options)."""
 
 BROADCAST_ROWS = 2_000_000
-"""Most ids or pairs to be sent whole to every task; more meet the table by a shuffle."""
+"""Most ids or pairs to broadcast; more are joined by a shuffle."""
 
 _COLUMNS = (
     "user_id",
@@ -72,7 +69,7 @@ _COLUMNS = (
 
 
 def read(store: Store, version: int | None = None) -> DataFrame:
-    """The table at a Delta version, or (None) as it is now.
+    """The table at a Delta version; None: the newest.
 
     Columns: user_id, item_id (string or bigint), rating float, rated_at timestamp (null: unknown),
     user_block int, user_key int, ingest_id bigint.
@@ -86,14 +83,9 @@ def retained(
     tombstones_version: int | None,
     receipts_version: int | None,
 ) -> DataFrame:
-    """The table without what was asked to be forgotten: what a model may learn.
+    """The ratings that no request covers: what a model may learn from.
 
-    Parameters
-    ----------
-    version
-        Delta version of the ratings; None: as they are now.
-    tombstones_version, receipts_version
-        See `without_asked`.
+    `version` is that of the ratings (None: the newest); the others are as for `without_asked`.
     """
     return without_asked(store, read(store, version), tombstones_version, receipts_version)
 
@@ -106,10 +98,10 @@ def without_asked(
     Parameters
     ----------
     tombstones_version
-        As from `tombstones.version`; None: nothing was ever asked.
+        As from `tombstones.version`; None: there are no requests.
     receipts_version
-        Delta version of the receipts, as the model names it that is published at the time; None:
-        no request is done. One that is not covers what it names even if it was lifted since.
+        Delta version of the receipts that the published model names; None: there are none. A
+        request without a receipt covers what it names even if it was lifted since.
     """
     if tombstones_version is None:
         return rows
@@ -117,8 +109,8 @@ def without_asked(
 
 
 def asked(store: Store, tombstones_version: int, receipts_version: int | None) -> DataFrame:
-    """The requests (`requests.effective`) of a version of the tombstones; those without a receipt
-    in a version of the receipts are pending."""
+    """The requests (`requests.effective`) at a version of the tombstones; those without a receipt
+    at `receipts_version` are pending."""
     done = None if receipts_version is None else receipts.read(store, receipts_version)
     return requests.effective(tombstones.read(store, tombstones_version), done)
 
@@ -140,9 +132,9 @@ def fitted(store: Store, model: ModelVersion) -> DataFrame:
 
 
 def with_fitted(store: Store, model: ModelVersion, rows: DataFrame) -> DataFrame:
-    """Rows of the table with `fitted` (boolean): are they among those that the model was fitted to?
+    """Add `fitted` (boolean) to rows of the table: whether the model was fitted to them.
 
-    Also of a later version of the table: what was written since has a later `ingest_id`.
+    Rows may be of a later version of the table: what was written since has a later `ingest_id`.
     """
     known = F.col("ingest_id") <= (model.ratings_ingest_id or 0)
     if model.tombstones_version is None:
@@ -160,12 +152,12 @@ def newest_ingest(store: Store, version: int | None = None) -> int:
 
 
 def since(store: Store, ingest_id: int, version: int | None = None) -> DataFrame:
-    """The rows that later ingests than `ingest_id` wrote."""
+    """The rows written by ingests after `ingest_id`."""
     return read(store, version).where(F.col("ingest_id") > ingest_id)
 
 
 def covering(store: Store, ids: DataFrame, version: int | None = None) -> DataFrame:
-    """The rows whose ids are among `ids`, reading no other user blocks than needed.
+    """The rows whose ids are among `ids`, read only from the user blocks that may hold them.
 
     Parameters
     ----------
@@ -182,12 +174,13 @@ def covering(store: Store, ids: DataFrame, version: int | None = None) -> DataFr
         ids = ids.withColumn(name, id)
     ids = ids.select(*names).dropna().distinct()
     if "user_id" in names:
-        near, n_ids = _near(ids.select(*_places(F.col("user_id"), user_blocks(store))))
-        if near is not None:
-            rows = rows.where(near)
+        keys = ids.select(*_hashes(F.col("user_id"), user_blocks(store)))
+        may_hold, n_ids = _pruning_condition(keys)
+        if may_hold is not None:
+            rows = rows.where(may_hold)
     else:
         n_ids = ids.count()
-    return rows.join(_hinted(ids, n_ids), names, "left_semi").select(*_COLUMNS)
+    return rows.join(_broadcast_if_few(ids, n_ids), names, "left_semi").select(*_COLUMNS)
 
 
 def user_blocks(store: Store) -> int:
@@ -197,7 +190,7 @@ def user_blocks(store: Store) -> int:
         properties = store.spark.sql(f"SHOW TBLPROPERTIES {store.name(TABLE)}")
         row = properties.where(F.col("key") == USER_BLOCKS).first()
         if row is None:
-            # Blocks share keys: what it holds would be looked for in vain.
+            # In this old layout blocks share keys, so a search by key would miss rows.
             raise outdated(TABLE)
         chosen = row["value"]
     return int(chosen)
@@ -207,21 +200,20 @@ def user_blocks(store: Store) -> int:
 
 
 def delete(store: Store, pairs: DataFrame, version: int) -> int:
-    """Remove pairs (user_id, item_id in the table's types) from the newest `version`; returns the
+    """Remove pairs (user_id, item_id in the table's types) from the newest `version`; return the
     Delta version afterwards.
 
-    A Python function finds the pairs, of which Delta's log has the name alone; the log's predicate
-    names blocks. The function carries the pairs, which pass through the driver, `MOST_PAIRS` at a
-    time: a larger deletion takes several commits. Rows are marked in deletion vectors; their bytes
-    go with `purge`.
+    A Python function finds the pairs, so that Delta's log holds only its name and the blocks. The
+    function carries the pairs, which pass through the driver `MOST_PAIRS` at a time, so a larger
+    deletion takes several commits. Rows are only marked in deletion vectors.
 
     Raises
     ------
     ConflictError
-        There are pairs, and the table has another newest version, or got one meanwhile.
+        There are pairs, and `version` is not the newest version or another job commits meanwhile.
     """
     keyed = pairs.select("user_id", "item_id").distinct()
-    block = _places(F.col("user_id"), user_blocks(store))[0]
+    block = _hashes(F.col("user_id"), user_blocks(store))[0]
     keyed = keyed.select(block, "user_id", "item_id").persist()
     try:
         counts = keyed.groupBy("user_block").count().collect()
@@ -238,7 +230,7 @@ def delete(store: Store, pairs: DataFrame, version: int) -> int:
 
 
 def _batches(counts: Mapping[int, int]) -> Iterator[list[int]]:
-    """Blocks with `counts` pairs each, of `MOST_PAIRS` together or a single one."""
+    """Group blocks with `counts` pairs: at most `MOST_PAIRS` pairs together, or one block."""
     batch: list[int] = []
     for block in sorted(counts):
         if batch and sum(counts[b] for b in batch) + counts[block] > MOST_PAIRS:
@@ -250,7 +242,7 @@ def _batches(counts: Mapping[int, int]) -> Iterator[list[int]]:
 
 
 def _checked(store: Store, *expected: int) -> int:
-    """The newest version of the table, which must be one of the expected."""
+    """The newest version of the table. Raises ConflictError unless it is one of the expected."""
     version = store.version(TABLE)
     if version not in expected:
         raise ConflictError("table ratings: ratings were ingested meanwhile; run this job again")
@@ -260,7 +252,7 @@ def _checked(store: Store, *expected: int) -> int:
 def _among(
     user_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray
 ) -> Callable[[pa.Array, pa.Array], pa.Array]:
-    """A function of user and item ids (arrays of n): which pairs are among these?"""
+    """A function of user and item ids (arrays of n) that tells which pairs are among these."""
     users, items = user_ids.unique(), item_ids.unique()
 
     def code(user_ids: pa.Array, item_ids: pa.Array) -> pa.Array:
@@ -276,10 +268,10 @@ def _among(
 
 
 def _pair_condition(blocks: Sequence[int] | None) -> str:
-    """SQL for: a row t of the table is that of a pair s, in one of these blocks (None: any).
+    """SQL for: row t of the table has the pair of row s, in one of these blocks (None: any).
 
-    Delta writes this text into the log: column names, and numbers of blocks. Those as ranges of
-    keys, because two merges into different partitions would go on side by side.
+    Delta writes this text into the log, so it holds only column names and blocks. Blocks are
+    written as ranges of keys, because two merges into different partitions would not conflict.
     """
     names = ("user_block", "user_key", "user_id", "item_id")
     condition = " AND ".join(f"t.{name} = s.{name}" for name in names)
@@ -301,13 +293,14 @@ def id_types(store: Store) -> dict[str, T.DataType] | None:
 
 
 def _newest(good: DataFrame, n_blocks: int) -> DataFrame:
-    """One row a pair: (user_block, user_key, user_id, item_id, rating, rated_at), sorted so.
+    """The newest row of each pair: user_block, user_key, user_id, item_id (sorted by these),
+    rating, rated_at.
 
     One exchange by block serves the grouping and the layout of the files.
     """
     keys = ("user_block", "user_key", "user_id", "item_id")
     placed = good.select(
-        *_places(F.col("user_id"), n_blocks),
+        *_hashes(F.col("user_id"), n_blocks),
         "user_id",
         "item_id",
         F.struct("rated_at", "position", F.col("rating").cast("float").alias("rating")).alias("it"),
@@ -326,11 +319,11 @@ def upsert(
     ----------
     good
         user_id and item_id in the types of the table, rating, rated_at, position (of two rows of a
-        pair with one time the larger wins).
+        pair with the same time, the larger wins).
     n_good
-        Their number.
+        The number of these rows.
     types
-        Of user_id and item_id, where the table is to be made.
+        Types of user_id and item_id, used if the table has to be created.
 
     Returns
     -------
@@ -359,11 +352,11 @@ def _upsert(
         return 0, version
     n_blocks = user_blocks(store)
     newest = _newest(good, n_blocks)
-    # A pass over the input to spare blocks of the table, which a few blocks do not repay.
+    # Finding the input's blocks takes a pass over it, which few blocks do not repay.
     blocks = (
         None
         if n_blocks <= 4
-        else _few(good.select(*_places(F.col("user_id"), n_blocks)), "user_block")[0]["user_block"]
+        else _few(good.select(*_hashes(F.col("user_id"), n_blocks)), "user_block")[0]["user_block"]
     )
     changes = _changes(newest, read(store, version), blocks)
     changes = _numbered(changes, version).persist()
@@ -390,10 +383,10 @@ def _upsert(
 
 
 def _numbered(rows: DataFrame, version: int) -> DataFrame:
-    """The table's columns, with the `ingest_id` of what is written upon a version (none: -1).
+    """The table's columns, with the `ingest_id` of rows written after a version (-1: none).
 
-    Every ingest commits, so versions number ingests, from 1: no number is used twice, also when all
-    rows of the last ingest were deleted since.
+    Every ingest commits, so versions number the ingests from 1. No number is used twice, even if
+    all rows of the last ingest were deleted since.
     """
     return rows.withColumn("ingest_id", F.lit(version + 2).cast("bigint")).select(*_COLUMNS)
 
@@ -414,16 +407,16 @@ def _changes(newest: DataFrame, table: DataFrame, blocks: Sequence[int] | None) 
 
 
 def _beats(new: str, old: str) -> str:
-    """SQL for: a rating replaces that of its pair. It is later, or as late and another."""
+    """SQL for: the new rating replaces the old one, as it is later, or as late but different."""
     later = f"{old}rated_at IS NULL AND {new}rated_at IS NOT NULL OR {new}rated_at > {old}rated_at"
     other = f"{new}rated_at <=> {old}rated_at AND {new}rating <> {old}rating"
     return f"({later} OR {other})"
 
 
 def _create(store: Store, good: DataFrame, types: dict[str, T.DataType], n_blocks: int) -> int:
-    """Make the table of the first rows, in one commit; returns its version.
+    """Create the table with its first rows, in one commit; return its version.
 
-    A job that dies has made nothing, and of two first ingests at the same time one fails.
+    A job that dies creates nothing, and of two first ingests at the same time one fails.
     """
     schema = T.StructType(
         [
@@ -446,12 +439,12 @@ def _create(store: Store, good: DataFrame, types: dict[str, T.DataType], n_block
 
 
 def _choose_blocks(n_ratings: int) -> int:
-    """The power of two next above one block per million rows, at most 256."""
+    """One block per `ROWS_PER_BLOCK`, rounded up to a power of two, at most `MAX_USER_BLOCKS`."""
     wanted = max(1, -(-n_ratings // ROWS_PER_BLOCK))
     return min(MAX_USER_BLOCKS, 1 << (wanted - 1).bit_length())
 
 
-def _places(user_id: Column, n_blocks: int) -> list[Column]:
+def _hashes(user_id: Column, n_blocks: int) -> list[Column]:
     """user_block and user_key, from independent parts of the hash of the id in its stored type."""
     hashed = F.xxhash64(user_id)
     block = F.pmod(hashed, F.lit(n_blocks)).cast("int")
@@ -459,14 +452,14 @@ def _places(user_id: Column, n_blocks: int) -> list[Column]:
     return [block.alias("user_block"), (block * USER_KEYS + within).alias("user_key")]
 
 
-def _hinted(rows: DataFrame, n_rows: int) -> DataFrame:
-    # Without the hint all ratings of their blocks would be sorted to meet the few.
+def _broadcast_if_few(rows: DataFrame, n_rows: int) -> DataFrame:
+    # Without the hint Spark would sort all ratings of the blocks for the join.
     return F.broadcast(rows) if n_rows <= BROADCAST_ROWS else rows
 
 
-def _near(rows: DataFrame) -> tuple[str | None, int]:
-    """An SQL condition by which blocks and pages without the users of these rows are skipped, and
-    how many rows they are. No condition where it would skip little."""
+def _pruning_condition(rows: DataFrame) -> tuple[str | None, int]:
+    """SQL by which readers skip blocks and pages without the users of these rows (None: it would
+    skip little), and the number of rows."""
     terms = []
     few, n_rows = _few(rows, "user_block", "user_key")
     for column, found in few.items():
@@ -476,8 +469,8 @@ def _near(rows: DataFrame) -> tuple[str | None, int]:
 
 
 def _few(rows: DataFrame, *columns: str) -> tuple[dict[str, list[int] | None], int]:
-    """The distinct values of int columns, or None when they are too many to help; and the number
-    of rows."""
+    """The distinct values of int columns (None: more than `_PRUNING_LIMIT`), and the number of
+    rows."""
     values = [F.collect_set(column) for column in columns]
     few = [F.when(F.size(found) <= _PRUNING_LIMIT, found) for found in values]
     row = rows.agg(*few, F.count(F.lit(1))).first()

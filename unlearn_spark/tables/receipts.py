@@ -1,4 +1,4 @@
-"""One receipt for every honoured request: what it removed and what was promised afterwards."""
+"""The receipts table: what each honoured request removed, and what the model promised then."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SPEC = TableSpec(
 
 
 def read(store: Store, version: int) -> DataFrame:
-    """Receipts at a Delta version, as a model names it.
+    """Receipts at the Delta version that a model names.
 
     Columns: request_id; model_version that honoured it; ratings_removed by this request;
     rows_resolved and max_residual of the whole night; honoured_at, purged_at (timestamps).
@@ -51,9 +51,9 @@ def read(store: Store, version: int) -> DataFrame:
 
 
 def append(store: Store, model: ModelVersion, rows: DataFrame) -> int:
-    """Write the receipts of `model` and these; returns the Delta version that holds them.
+    """Replace the table by the receipts of `model` and these rows; return the Delta version.
 
-    In one commit, whatever a dead job left behind, or another writes at the same time.
+    One commit, so that nothing mixes in that a dead job left or another job writes meanwhile.
     """
     store.create(TABLE, SPEC)
     rows = rows.select(*SPEC.schema.names)

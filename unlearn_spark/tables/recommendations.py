@@ -1,7 +1,6 @@
 """The recommendations table: the best items of each user, replaced as a whole by every run.
 
-It holds ids, so it has the layout of the other tables: none of them in the log, none in a
-partition value.
+As in the other tables, no id gets into the log or into a partition value.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ TABLE = "recommendations"
 
 
 def spec(user_type: DataType, item_type: DataType) -> TableSpec:
-    """user_id, rank (1 is best), item_id, score, and the model version that said so."""
+    """user_id, rank (1 is best), item_id, score, and the model version that scored it."""
     return TableSpec(
         StructType(
             [
@@ -49,7 +48,7 @@ def spec(user_type: DataType, item_type: DataType) -> TableSpec:
 
 
 def flatten(recommendations: DataFrame, model_version: int) -> DataFrame:
-    """One row for each place of `als.scoring.top_n`'s lists (id, recommendations)."""
+    """One row for each entry of the lists (id, recommendations) that `top_n` makes."""
     entries = recommendations.select(
         F.col("id").alias("user_id"), F.posexplode("recommendations").alias("place", "entry")
     )
@@ -63,14 +62,14 @@ def flatten(recommendations: DataFrame, model_version: int) -> DataFrame:
 
 
 def write(store: Store, rows: DataFrame) -> str:
-    """Replace the table by `flatten`'s rows; returns where it is."""
+    """Replace the table by `flatten`'s rows; return its location."""
     store.create(TABLE, spec(rows.schema["user_id"].dataType, rows.schema["item_id"].dataType))
     store.overwrite(TABLE, rows)
     return store.location(TABLE) if store.root is not None else store.name(TABLE)
 
 
 def check_export(path: str) -> None:
-    """Fail before the work where `export` could not write.
+    """Fail before the work if `export` could not write.
 
     Raises
     ------
@@ -87,16 +86,16 @@ def check_export(path: str) -> None:
 
 def export(rows: DataFrame, path: str) -> None:
     """Write rows to a directory, as Spark does: CSV with a header for `.csv`, Parquet for
-    `.parquet`, otherwise a Delta table, which is replaced if it is there.
+    `.parquet`, otherwise a Delta table, which is replaced if it exists.
 
-    In CSV a quote in an id is doubled and nothing is cut, as most readers expect it (RFC 4180).
+    CSV follows RFC 4180, as most readers expect: quotes are doubled and white space is kept.
     """
     form = _form(path)
     writer = rows.write.format(form)
     if form == "delta":
         writer = writer.mode("overwrite").option("overwriteSchema", True)
     elif form == "csv":
-        # Spark's own defaults escape by a backslash and cut white space.
+        # Spark's defaults escape with a backslash and trim white space.
         writer = writer.options(
             header=True,
             escape='"',

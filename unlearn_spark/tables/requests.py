@@ -12,10 +12,10 @@ after a reinstatement:
 request  a user or item tombstone that was lifted since
 =======  ========================================================================
 pending  still covers what was rated up to its `requested_at`: that was to be forgotten
-done     covers nothing any more: what comes in again is welcome
+done     covers nothing: what comes in again is welcome
 =======  ========================================================================
 
-Ingestion asks what may be stored, and to it every lifted tombstone is done (`guard`).
+Ingestion asks what may be stored; it treats every lifted tombstone as done (`guard`).
 
 A rating whose time is unknown counts as older than every request, and is in no window.
 """
@@ -35,7 +35,7 @@ SCOPES = ("user", "item", "rating", "window", "reinstate")
 
 
 def effective(tombstones: DataFrame, done: DataFrame | None = None) -> DataFrame:
-    """The deletion requests among the tombstones, with two columns more.
+    """The deletion requests among the tombstones, with two more columns.
 
     `reinstated_at` (timestamp) is the first reinstatement of the request's user or item that is
     later than the request; null while the request is in force, and always for `rating` and
@@ -94,11 +94,11 @@ def covered(
     ratings
         user_id and item_id (string or bigint), rated_at timestamp, and any other columns.
     tombstones
-        The tombstones table, or (some rows of) `effective` of it: a part of the table alone does
-        not show which requests were lifted. Assumed to fit in memory: it is broadcast.
+        The whole tombstones table, or some rows of its `effective`: a part of the table does not
+        show which requests were lifted. It is broadcast, so it must fit in memory.
     guard
-        True asks what may not be stored, False what must be removed or may not be learnt (see the
-        module).
+        True: find what may not be stored. False: find what must be removed or may not be learnt
+        (see the module).
     """
     marked = with_requests(ratings, tombstones, guard)
     return marked.withColumn("request_id", F.explode("request_ids")).drop("request_ids")
@@ -147,8 +147,8 @@ def with_requests(
 def _rules(requests: DataFrame, guard: bool) -> DataFrame:
     """(by, id, rule): every request in one form, looked up by its user or its item.
 
-    A rule covers a rating of that id if the item matches (where it names one), the time is in
-    [from, to) (where it has these), and not after `until` (where it has that).
+    A rule covers a rating of that id if all its non-null fields hold: the item matches, the time is
+    in [from, to), and it is not after `until`.
     """
     scope = F.col("scope")
     lifted = F.col("reinstated_at").isNotNull()
@@ -172,14 +172,14 @@ def _rules(requests: DataFrame, guard: bool) -> DataFrame:
 
 
 def _by_id(rules: DataFrame, ratings: DataFrame, column: str) -> DataFrame:
-    """(id in the ratings' type, array of rules); an id that is no value of that type is dropped."""
+    """(id in the ratings' type, array of rules), without ids that are no value of that type."""
     cast = typed_id(F.col("id"), ratings.schema[column].dataType)
     rules = rules.select(cast.alias("id"), "rule").where(F.col("id").isNotNull())
     return rules.groupBy("id").agg(F.collect_list("rule").alias("rules"))
 
 
 def typed_id(id: Column, kind: T.DataType) -> Column:
-    """A string id in the type of a ratings column: null unless it is written just so (007 is not).
+    """A string id in the type of a ratings column; null unless that type writes it so (not 007).
 
     Casting the few ids of the requests, not the many of the ratings, keeps joins cheap.
     """

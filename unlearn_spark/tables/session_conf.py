@@ -1,4 +1,4 @@
-"""Settings of a Spark session, for as long as some plans are made and run."""
+"""Change settings of a running Spark session."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ if TYPE_CHECKING:
 
 
 def set_if_allowed(session: SparkSession, key: str, value: str) -> bool:
-    """Set a runtime setting; False where the cluster forbids to change it, or it is none."""
+    """Set a runtime setting; return False if Spark refuses to change it."""
     try:
         session.conf.set(key, value)
-    except Exception:  # classic sessions and Connect have classes of their own for it
+    except Exception:  # its class differs between classic sessions and Connect
         return False
     return True
 
 
 @contextmanager
 def session_conf(spark: SparkSession, conf: Mapping[str, str]) -> Iterator[None]:
-    """Plans that are made and run inside have these settings, and the session its own again.
+    """Apply settings to the plans that are made and run inside; restore the session's own then.
 
-    For settings that change how long something takes and no result: those that a cluster forbids to
-    change are left as they are.
+    Only for settings that affect speed and no result, because refused ones are skipped.
     """
     before: dict[str, str | None] = {}
     try:

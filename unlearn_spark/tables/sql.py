@@ -1,4 +1,4 @@
-"""Expressions over blocks of rows, as Columns and as SQL that skips files."""
+"""Expressions over blocks and ledger rows, as Columns and as SQL by which Delta skips files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def block_of(id: str, n_blocks: int) -> Column:
-    """The storage block of ids (a column of the type that they are stored in)."""
+    """The storage block of an id column, which must have the type that ids are stored in."""
     return F.pmod(F.xxhash64(id), F.lit(n_blocks)).cast("int")
 
 
 def quoted(name: str) -> str:
-    """A name as SQL and expressions write it, whatever characters are in it."""
+    """A name quoted for SQL and expressions, whatever characters it has."""
     return "`" + name.replace("`", "``") + "`"
 
 
 def one_of(column: str, numbers: Iterable[int]) -> str:
-    """SQL for: an integer column has one of these values. In this form files are skipped by it."""
+    """SQL for: an integer column has one of these values. Delta can skip files by this form."""
     listed = ", ".join(map(str, sorted(numbers)))
     return f"{column} IN ({listed})" if listed else "false"
 
@@ -33,13 +33,13 @@ def in_blocks(numbers: Iterable[int]) -> str:
 
 
 def in_blocks_of_sides(blocks: Mapping[str, Iterable[int]]) -> str:
-    """As `in_blocks`, of rows that have a `side`."""
+    """SQL for: the row is in one of the blocks given for its `side`."""
     return " OR ".join(
         f"(side = '{side}' AND {in_blocks(numbers)})" for side, numbers in blocks.items()
     )
 
 
 def bound_expression(floor: Column) -> Column:
-    """`relative_residual` of the columns gradient_norm and b_norm."""
+    """`core.objective.relative_residual` of the columns gradient_norm and b_norm."""
     g, b = F.col("gradient_norm"), F.greatest("b_norm", floor)
     return F.when(b > 0, g / b).otherwise(F.when(g > 0, F.lit(float("inf"))).otherwise(F.lit(0.0)))

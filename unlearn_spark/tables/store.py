@@ -1,7 +1,7 @@
 """Delta tables by path or by catalog name: the only module that turns a table into a location.
 
-Everything goes through SQL and the DataFrame readers and writers, which work alike on a classic
-session and over Spark Connect (the `DeltaTable` class does not).
+Everything goes through SQL and the DataFrame readers and writers, which work on a classic session
+and over Spark Connect alike (the `DeltaTable` class does not).
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _CONFLICTS = (
     "ProtocolChangedException",
     "DELTA_CONCURRENT",
     "DELTA_METADATA_CHANGED",
-    # What is created here was not there a moment ago.
+    # A table that we create did not exist a moment ago.
     "DELTA_PATH_EXISTS",
     "TABLE_OR_VIEW_ALREADY_EXISTS",
 )
 
-# Published versions name Delta versions, which must stay readable until `purge` says otherwise:
-# Delta refuses time travel past deletedFileRetentionDuration even while the files exist.
+# Delta versions that published models name must stay readable: Delta refuses time travel past
+# deletedFileRetentionDuration even while the files exist.
 _PROPERTIES = {
     "delta.deletedFileRetentionDuration": "interval 3650 days",
     "delta.logRetentionDuration": "interval 3650 days",
@@ -70,7 +70,7 @@ _IN_LOG = re.compile(r"[0-9]{20}\.(json|checkpoint\..+)")
 """Names of commits and checkpoints, after Delta's protocol."""
 
 RECENT_COMMITS = 50
-"""Among so many newest commits of a table a write looks for its own."""
+"""How many of a table's newest commits a write searches for its own."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ class TableSpec:
     schema
         Columns in order.
     partition_by
-        Partition columns; never an id, because partition values stand in the log in clear.
+        Partition columns; never an id, because the log shows partition values in plain text.
     skipping
-        Columns whose min/max statistics Delta may keep. Never an id or a rating: the log outlives
-        the rows.
+        Columns whose min/max statistics Delta may keep; never an id or a rating, because the log
+        outlives the rows.
     deletion_vectors
         Deletes mark rows instead of rewriting files; `purge` rewrites them later.
     """
@@ -97,7 +97,7 @@ class TableSpec:
 
 
 def check_root(settings: Settings) -> None:
-    """Fail early, in one line, where tables cannot be kept.
+    """Fail early if tables cannot be kept where the settings say.
 
     Raises
     ------
@@ -136,7 +136,7 @@ class Store:
         self.spark = spark
         self.root = None if root is None else self._absolute(root)
         self.catalog = catalog
-        # Names between dots, each as it is or in backticks already.
+        # Names between dots, each plain or in backticks.
         parts = re.findall(r"`(?:[^`]|``)*`|[^.`]+", catalog or "")
         self._schema = ".".join(part if part[0] == "`" else quoted(part) for part in parts)
         if catalog is not None:
@@ -169,7 +169,7 @@ class Store:
         return f"delta.{quoted(self.location(table))}"
 
     def exists(self, table: str) -> bool:
-        """Whether the table is there; a folder that a job left which died creating it is none."""
+        """Whether the table exists; the folder of a job that died creating it does not count."""
         if self.catalog:
             return bool(self.spark.catalog.tableExists(self.name(table)))
         if not is_remote(self.location(table)):
@@ -190,8 +190,8 @@ class Store:
         return True
 
     def _log(self, table: str) -> Path | None:
-        """The directory of the table's log, where this process can look into it by itself: not in
-        a catalog or in remote storage."""
+        """The directory of the table's log; None if this process cannot list it, in a catalog or
+        in remote storage."""
         if self.catalog or is_remote(self.location(table)):
             return None
         return Path(self.location(table), "_delta_log")
@@ -199,8 +199,7 @@ class Store:
     def _commits(self, table: str) -> list[Path]:
         """The newest commits in a log that `_log` can see, newest first.
 
-        The names are of Delta's protocol. To list them takes no time, where each DESCRIBE HISTORY
-        is two Spark jobs, and a night would ask a dozen times.
+        Listing files (named after Delta's protocol) saves the Spark jobs of DESCRIBE HISTORY.
         """
         log = self._log(table)
         found = [] if log is None else [p for p in log.glob("*.json") if p.stem.isdigit()]
@@ -215,7 +214,7 @@ class Store:
             )
 
     def read(self, table: str, version: int | None = None) -> DataFrame:
-        """The table, at a Delta version or (None) as it is now."""
+        """The table at a Delta version; None: the newest. Raises TableMissingError."""
         self.require(table)
         if self.catalog:
             suffix = "" if version is None else f" VERSION AS OF {version}"
@@ -236,26 +235,24 @@ class Store:
         return int(row["version"])
 
     def create(self, table: str, spec: TableSpec) -> None:
-        """Create the table if it is not there; all its properties are set here, once.
-
-        Changing properties later would break every writer in flight.
-        """
+        """Create the table with all its properties, unless it exists. Changing properties later
+        would fail every concurrent writer."""
         if not self.exists(table):
             self._create(table, spec, self.frame([], spec.schema), "ignore")
 
     def create_with(self, table: str, spec: TableSpec, rows: DataFrame) -> int:
-        """Create the table and its first rows in one commit; returns the version that this makes.
+        """Create the table with its first rows in one commit; return the version of that.
 
         Raises
         ------
         ConflictError
-            It is there by now.
+            The table exists by now.
         """
         self._create(table, spec, rows, "error")
         return 0
 
     def _create(self, table: str, spec: TableSpec, rows: DataFrame, mode: str) -> None:
-        # By a writer: CREATE TABLE fails where a job died that was creating it.
+        # By a writer, because CREATE TABLE fails on what a job left that died creating the table.
         properties = {
             **_PROPERTIES,
             "delta.dataSkippingStatsColumns": ",".join(spec.skipping),
@@ -271,16 +268,16 @@ class Store:
         self._save(table, writer.partitionBy(*spec.partition_by))
 
     def frame(self, rows: Sequence[Sequence[object]], schema: StructType) -> DataFrame:
-        """A few rows of the driver's own, values in the order of the schema.
+        """A DataFrame of a few rows of the driver, values in the order of the schema.
 
-        By way of Arrow: a list of tuples would be parsed by a Python worker of another kind than
-        those of queries, and the process that it is forked from takes seconds to start.
+        Made from Arrow, because a list of tuples would start a Python worker of another kind than
+        those of queries.
         """
         columns = {name: [row[i] for row in rows] for i, name in enumerate(schema.names)}
         return self.spark.createDataFrame(pa.table(columns), schema)
 
     def append(self, table: str, rows: DataFrame) -> int:
-        """Append rows; returns the Delta version that holds them."""
+        """Append rows; return the Delta version that holds them."""
         return self._write(table, rows, "append", {})
 
     def overwrite(
@@ -309,7 +306,7 @@ class Store:
                 writer.format("delta").save(self.location(table))
 
     def _version_of(self, table: str, token: str) -> int:
-        """The version that a write of ours made, even when others have committed since."""
+        """The version that the write with this token made, even if others committed since."""
         for commit in self._commits(table):
             with commit.open() as actions:
                 if any(token in action for action in actions):
@@ -327,9 +324,8 @@ class Store:
     ) -> int:
         """`MERGE INTO table AS t USING source AS s ON condition clauses...` in SQL.
 
-        Only column names belong in the condition: Delta writes its text into the log.
-        Returns how many rows were inserted, updated or deleted; a merge that changes nothing
-        makes no version.
+        Only column names belong in the condition, because Delta writes its text into the log.
+        Returns how many rows were inserted, updated or deleted; if none, there is no new version.
         """
         view = f"merge_source_{uuid.uuid4().hex}"
         source.createOrReplaceTempView(view)
@@ -353,15 +349,14 @@ class Store:
     ) -> None:
         """Delete the rows that a Python function finds among those that meet an SQL condition.
 
-        Delta writes the condition into the log, and of the function its name alone: what it looks
-        for stays out. Unlike a merge, which numbers all rows of a file before it compares any,
-        this hands the condition to Parquet, which skips pages by it. Where no row goes there is no
-        new version.
+        Delta logs the condition and the function's name, but not what the function looks for.
+        Parquet skips pages by the condition; a merge would read every row of a file. If no row is
+        deleted, there is no new version.
 
         Parameters
         ----------
         condition
-            No ids: it is logged. Only rows that meet it are handed to Python.
+            SQL without ids, because it is logged. Only rows that meet it are handed to Python.
         columns
             What the function gets, as Arrow arrays of one length.
         is_gone
@@ -390,7 +385,8 @@ class Store:
 
     @contextmanager
     def _explained(self, table: str) -> Iterator[None]:
-        """Tell a lost race, an old layout and an unwritable place from every other failure."""
+        """Raise ConflictError for a lost race, and InputError for an unwritable place or an old
+        layout."""
         try:
             yield
         except Exception as error:
@@ -407,7 +403,7 @@ class Store:
 
 
 def outdated(table: str) -> InputError:
-    """What to say of a table that an earlier version of this software made."""
+    """The error for a table that an earlier version of this software made."""
     return InputError(
         f"table {table} has the layout of an earlier version; ingest and train under a new root"
     )

@@ -32,26 +32,22 @@ def exists(store: Store) -> bool:
 
 
 def read(store: Store, version: int | None = None) -> DataFrame:
-    """Tombstones at a Delta version, or (None) as they are now.
-
-    Columns: request_id, scope, user_id, item_id (strings), from_ts, to_ts, requested_at and
-    accepted_at (timestamps).
-    """
+    """Tombstones (columns as in `SPEC`) at a Delta version; None: the newest."""
     return store.read(TABLE, version)
 
 
 def version(store: Store) -> int | None:
-    """The newest Delta version, or None when there is no table."""
+    """The newest Delta version, or None if there is no table."""
     return store.version(TABLE) if exists(store) else None
 
 
 def append(store: Store, accepted: DataFrame) -> int:
-    """Add requests that are not there yet; returns the newest Delta version.
+    """Add requests that are not there yet; return the newest Delta version.
 
     Parameters
     ----------
     accepted
-        The columns of a request; one without `requested_at` was made now.
+        The columns of a request; a null `requested_at` becomes the current time.
     """
     now = F.current_timestamp()
     accepted = accepted.withColumn("requested_at", F.coalesce("requested_at", now))

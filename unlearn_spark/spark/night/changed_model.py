@@ -1,4 +1,4 @@
-"""The published model with a night's changes put in: rows with other ratings, new and gone ones."""
+"""Puts a night's changes into the published model: rows with changed ratings, new and gone rows."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChangedModel:
-    """A model version and what a night changes of it. Factors are as they were published.
+    """A published model and what a night changes in it, before any row is re-solved.
 
     Attributes
     ----------
     version
-        The number of the version that is to come.
+        The number of the version to publish.
     layouts
-        By side `n_blocks` and `n_slots`, with the slots of new rows.
+        By side: `n_blocks`, and `n_slots` including the slots of new rows.
     published
-        By side the factor table of the published version.
+        By side: the factor table of the published version.
     touched
-        By side the rows whose ratings change, new ones among them: the columns of the factor table,
-        with as `n_ratings` how many they have now (none where they leave); and is_new.
+        By side: the rows whose ratings change, and new rows. The columns of the factor table, with
+        the new `n_ratings` (0: the row leaves), and is_new.
     new_changes
-        The changed ratings by slot, once for each side: the columns of `rating_changes`.
+        The changed ratings by slot, once for each side, in the columns of `rating_changes`.
     n_rows
-        By side how many rows there will be.
+        By side: the new number of rows.
     adds
-        May there be new rows?
+        Whether there may be new rows.
     grams, gram_changes
-        By side float64 (rank, rank): the published X'X, and its change because rows leave or come.
+        By side: float64 (rank, rank), the published X'X, and its change because rows leave or come.
         Empty in explicit mode.
     """
 
@@ -69,22 +69,21 @@ class ChangedModel:
 
     @property
     def n_blocks(self) -> dict[str, int]:
-        """By side."""
+        """By side: the number of blocks."""
         return {side: layout["n_blocks"] for side, layout in self.layouts.items()}
 
     @property
     def grams_now(self) -> dict[str, NDArray[np.float64]]:
-        """By side X'X without the rows that leave and with those that come; empty in explicit
-        mode."""
+        """By side: X'X with new rows and without gone ones; empty in explicit mode."""
         return {side: gram + self.gram_changes[side] for side, gram in self.grams.items()}
 
     def vectors(self, side: str) -> DataFrame:
-        """slot, factors of the published rows, of those that leave as well, and of the new ones."""
+        """slot, factors of all published rows, also those that leave, and of the new rows."""
         return self._with_new(side, self.published[side].select("slot", "factors"))
 
     def present(self, side: str) -> DataFrame:
-        """The rows that have ratings now, in the columns of the factor table. Not computed before
-        it is needed: most nights need a few columns or blocks of it."""
+        """The rows that have ratings after the changes, in the columns of the factor table; not
+        cached, because most nights read few of its columns or blocks."""
         now = self.touched[side].where("NOT is_new").select("slot", F.col("n_ratings").alias("now"))
         rows = self.published[side].join(F.broadcast(now), "slot", "left")
         rows = rows.withColumn("n_ratings", F.coalesce("now", "n_ratings"))
@@ -92,7 +91,7 @@ class ChangedModel:
         return self._with_new(side, rows).where("n_ratings > 0")
 
     def _with_new(self, side: str, rows: DataFrame) -> DataFrame:
-        """Some columns of published rows, and the same of the new ones."""
+        """Some columns of published rows, and the same columns of the new rows."""
         if not self.adds:
             return rows
         return rows.unionByName(self.touched[side].where("is_new").select(*rows.columns))
@@ -101,14 +100,9 @@ class ChangedModel:
 def change_model(
     store: Store, model: ModelVersion, changes: Changes, sizes: Sizes, checkpoint: str
 ) -> ChangedModel:
-    """Find the rows that the changes concern, and give new ones their slots and first factors.
+    """Find the rows whose ratings change, and give new rows their slots and starting factors.
 
-    Parameters
-    ----------
-    sizes
-        Of the published model.
-    checkpoint
-        `execution.checkpoint`: how frames are kept.
+    `sizes` are the published model's; `checkpoint` is `execution.checkpoint`.
     """
     als, version = model.als, publishing.next_version(model)
     layouts = {side: dict(model.settings["layouts"][side]) for side in SIDES}
@@ -168,7 +162,7 @@ def _touched(
     als: AlsSettings,
     checkpoint: str,
 ) -> DataFrame:
-    """`ChangedModel.touched` of a side."""
+    """One side of `ChangedModel.touched`."""
     deltas = changes.pairs.groupBy(F.col(f"{side}_id").alias("id")).agg(
         F.sum("change").alias("delta")
     )
@@ -178,13 +172,13 @@ def _touched(
         known = F.broadcast(rows.select("id"))
         unknown = deltas.where("delta > 0").join(known, "id", "left_anti")
         placed = _placed(unknown, published, n_blocks)
-        rows = rows.unionByName(_begun(side, placed, als).withColumn("is_new", F.lit(True)))
+        rows = rows.unionByName(_started(side, placed, als).withColumn("is_new", F.lit(True)))
     n_ratings = (F.col("n_ratings") + F.col("delta")).cast("int")
     return materialise(rows.withColumn("n_ratings", n_ratings).drop("delta"), checkpoint)
 
 
 def _placed(unknown: DataFrame, published: DataFrame, n_blocks: int) -> DataFrame:
-    """Ids that the model does not know (id, delta), behind the published rows of their block."""
+    """Give ids that the model does not know (id, delta) the slots after the last of their block."""
     places = published.groupBy("block").agg(F.max("slot").alias("last"))
     unknown = unknown.withColumn("block", block_of("id", n_blocks))
     order = F.row_number().over(Window.partitionBy("block").orderBy("id"))
@@ -198,11 +192,11 @@ def _placed(unknown: DataFrame, published: DataFrame, n_blocks: int) -> DataFram
     )
 
 
-def _begun(side: str, rows: DataFrame, als: AlsSettings) -> DataFrame:
-    """New rows with the factors that they start from."""
+def _started(side: str, rows: DataFrame, als: AlsSettings) -> DataFrame:
+    """New rows with their starting factors."""
     rank, seed, nonnegative = als.rank, als.seed, als.nonnegative
 
-    def begin(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+    def start(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         for batch in batches:
             hashes = batch.column("hash").to_numpy()
             y = initial_factors(hashes, rank, seed, side, nonnegative)
@@ -211,7 +205,7 @@ def _begun(side: str, rows: DataFrame, als: AlsSettings) -> DataFrame:
 
     kinds = [f"{field.name} {field.dataType.simpleString()}" for field in rows.schema.fields]
     hashed = rows.withColumn("hash", F.xxhash64("id"))
-    return hashed.mapInArrow(begin, ", ".join([*kinds, "factors array<float>"]))
+    return hashed.mapInArrow(start, ", ".join([*kinds, "factors array<float>"]))
 
 
 def _slotted(pairs: DataFrame, touched: dict[str, DataFrame]) -> DataFrame:
@@ -225,7 +219,7 @@ def _slotted(pairs: DataFrame, touched: dict[str, DataFrame]) -> DataFrame:
 
 
 def _changes_of(side: str, slotted: DataFrame, n_blocks: int, version: int) -> DataFrame:
-    """The changed pairs from one side, in the columns of `rating_changes`."""
+    """The changed pairs as rows of one side, in the columns of `rating_changes`."""
     return slotted.select(
         F.lit(side).alias("side"),
         F.pmod(f"{side}_slot", F.lit(n_blocks)).cast("int").alias("block"),

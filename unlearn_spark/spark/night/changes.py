@@ -1,7 +1,7 @@
-"""What a night has to do: pending requests and new ratings, as changes of the published model.
+"""Finds a night's work: the ratings that must leave the published model, and those that must enter.
 
-Computed from the ratings version that the published model names, never from the newest: a job that
-died after deleting rows finds the same work again.
+It compares with the ratings version that the published model names, not with the newest. So if a
+job died after it deleted ratings, the next one finds the same work again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from unlearn_spark.tables.store import Store
 
 FEW_USERS = 128
-"""The ratings of so many users are a small part of all, and are found without reading the rest."""
+"""The ratings of up to so many users are a small part of all, and Delta skips the rest."""
 
 MOST_NAMED = 1000
-"""Most requests without ratings that are named one by one; all have their receipts."""
+"""Largest number of requests without ratings that a job lists; all of them get receipts."""
 
 LIFT = "reinstate"
 
@@ -37,21 +37,21 @@ PAIR = ["user_id", "item_id"]
 
 @dataclass(frozen=True)
 class News:
-    """What has come since the published model.
+    """Requests and ratings that arrived since the published model.
 
     Attributes
     ----------
     pending
-        Requests without a receipt (`requests.effective`); None where nothing was ever asked.
+        Requests without a receipt (`requests.effective`); None if there never was a request.
     lifts
-        Reinstatements that the model does not know: they may let ratings in that it left out; None
-        where there are none.
+        Reinstatements since the published model, which may let in ratings that it left out; None
+        if there are none.
     scopes
-        How many of `pending` and `lifts` have each scope.
+        The number of `pending` and `lifts` of each scope.
     n_users
-        About how many users the ingested ratings are of.
+        The approximate number of users with newly ingested ratings.
     ratings_version, ingest_id, tombstones_version
-        The state of the tables that this was found in.
+        The Delta versions and the newest ingest that were read.
     """
 
     pending: DataFrame | None
@@ -68,37 +68,36 @@ class News:
 
     @property
     def may_add(self) -> bool:
-        """Is there anything that ratings may come in by?"""
+        """Whether ratings may enter the model."""
         return bool(self.n_users) or self.lifts is not None
 
     @property
     def is_small(self) -> bool:
-        """Is what is read for it little enough for `SMALL_QUERIES`?"""
+        """Whether the night reads little enough of the ratings table for `SMALL_QUERIES`."""
         reads_everything = "item" in self.scopes or self.lifts is not None
         return not reads_everything and self.n_requests + self.n_users <= FEW_USERS
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a night has to do.
+    """A night's changes of the model and of the ratings table.
 
     Attributes
     ----------
-    news
-        What it was computed from.
     removed
-        user_id, item_id, request_id: one row for each rating and request, in the model or not.
+        user_id, item_id, request_id: one row for each request and rating that it covers, in the
+        model or not.
     stored
-        user_id, item_id of the ratings that requests cover as the table has them now. A pair of
-        `removed` that was rated again after the request is not among them.
+        user_id, item_id of the ratings to delete: the covered ones in the table's newest version.
+        They exclude pairs of `removed` that were rated again after the request.
     pairs
         user_id, item_id, value, change (-1 leaves the model, +1 enters it).
     blocks
-        By side those in which the rows of `pairs` lie.
+        By side: the blocks of the rows of `pairs`.
     n_removed, n_added
-        Ratings that requests take out of the model, and new or corrected ones.
+        The number of ratings that requests take out of the model, and of new or corrected ratings.
     net
-        By how many ratings the model grows.
+        The change of the model's number of ratings.
     without_ratings
         The first `MOST_NAMED` request_ids that cover no rating, in order.
     """
@@ -115,7 +114,7 @@ class Changes:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Of the job's JSON."""
+        """The figures of these changes for the job's JSON."""
         return {
             "requests": self.news.n_requests,
             "requests_without_ratings": self.without_ratings,
@@ -125,7 +124,7 @@ class Changes:
 
 
 def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
-    """Pending requests, and how much was ingested; reads no rating that the model knows.
+    """Find pending requests and newly ingested ratings; read no rating that the model knows.
 
     Raises
     ------
@@ -160,11 +159,8 @@ def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
 
 
 def collect_changes(store: Store, model: ModelVersion, news: News, checkpoint: str) -> Changes:
-    """The ratings that requests take out of the model, and those that come in.
-
-    Reads the user blocks that the requests name, and all of the ratings only for a request or a
-    reinstatement that names an item.
-    """
+    """Find the ratings that leave the model and those that enter it. Reads the user blocks that the
+    requests name, and all ratings only if a request or a reinstatement names an item."""
     version = news.ratings_version
     removed, stored, leaving, pairs = None, None, None, None
     if news.pending is not None and news.n_requests:
@@ -190,7 +186,7 @@ def collect_changes(store: Store, model: ModelVersion, news: News, checkpoint: s
         pairs, model, news.pending, removed
     )
     n_removed = n_left
-    if may_add:  # old values of corrected ratings leave as well
+    if may_add:  # n_left also counts the old values of corrected ratings
         n_removed = leaving.count() if leaving is not None else 0
     return Changes(
         news,
@@ -206,7 +202,7 @@ def collect_changes(store: Store, model: ModelVersion, news: News, checkpoint: s
 
 
 def _unanswered(store: Store, model: ModelVersion, tombstones_version: int) -> DataFrame:
-    """Requests that the model has not answered, and reinstatements that it does not know."""
+    """Requests without a receipt, and reinstatements since the published model."""
     pending = ratings.asked(store, tombstones_version, model.receipts_version).where("pending")
     if tombstones_version == model.tombstones_version:
         return pending
@@ -218,8 +214,8 @@ def _unanswered(store: Store, model: ModelVersion, tombstones_version: int) -> D
 
 
 def _found(store: Store, model: ModelVersion, news: News) -> DataFrame:
-    """Ratings that pending requests cover: user_id, item_id, rating, `asked` (the requests),
-    `fitted` (was the model fitted to it?), and `stored` (does the table have it now?)."""
+    """The ratings that pending requests cover: user_id, item_id, rating, `asked` (the requests),
+    `fitted` (the model was fitted to it), and `stored` (the newest version has it)."""
     columns = [*PAIR, "rating", "asked", "fitted", "stored"]
     assert model.ratings_version is not None
     is_newest = news.ratings_version == model.ratings_version
@@ -227,14 +223,14 @@ def _found(store: Store, model: ModelVersion, news: News) -> DataFrame:
     found = before.withColumn("stored", F.lit(is_newest)).select(columns)
     if is_newest:
         return found
-    # Also what a job that died after deleting has left, and what was ingested since.
+    # A job that died may have deleted some of them, and more may have been ingested since.
     now = _covered(store, news, news.ratings_version)
     now = now.withColumns({"fitted": F.lit(False), "stored": F.lit(True)})
     return found.unionByName(now.select(columns))
 
 
 def _covered(store: Store, news: News, version: int) -> DataFrame:
-    """The ratings of a version that pending requests cover, with `asked`: the requests."""
+    """The ratings of a version that pending requests cover, with the requests as `asked`."""
     assert news.pending is not None
     of_users = news.pending.where("scope != 'item'")
     of_items = news.pending.where("scope = 'item'") if "item" in news.scopes else None
@@ -246,10 +242,8 @@ def _covered(store: Store, news: News, version: int) -> DataFrame:
 def _named(
     store: Store, of_users: DataFrame, of_items: DataFrame | None, version: int
 ) -> DataFrame:
-    """The ratings of the users, and of the items, that tombstones name.
-
-    For an item every user's ratings have to be read; None: there is none.
-    """
+    """The ratings of the users, and of the items (or None), that tombstones name; items make it
+    read all ratings."""
     rows = ratings.covering(store, of_users.select("user_id"), version)
     if of_items is None:
         return rows
@@ -258,8 +252,8 @@ def _named(
 
 
 def _added(store: Store, model: ModelVersion, news: News) -> DataFrame:
-    """user_id, item_id, rating of what remains and the model was not fitted to: ratings that came
-    since, and those that a reinstatement lets in."""
+    """user_id, item_id, rating of the retained ratings that enter the model: those ingested since,
+    and those that a reinstatement lets in."""
     version = news.ratings_version
     rows = ratings.since(store, model.ratings_ingest_id or 0, version)
     if news.lifts is not None:
@@ -277,8 +271,8 @@ def _changed(rows: DataFrame, change: int) -> DataFrame:
 def _counted(
     pairs: DataFrame, model: ModelVersion, pending: DataFrame | None, removed: DataFrame | None
 ) -> tuple[int, int, list[int], list[int], list[str]]:
-    """How many pairs leave and enter, the blocks of their users and items, and the first requests
-    that remove none."""
+    """The numbers of pairs that leave and enter, the blocks of their users and items, and the first
+    requests that cover no rating."""
     blocks = [
         F.collect_set(block_of(f"{side}_id", model.settings["layouts"][side]["n_blocks"]))
         for side in SIDES

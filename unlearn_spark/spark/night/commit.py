@@ -1,7 +1,7 @@
 """A night's last step: delete the ratings, write what changed, and publish the version.
 
-The row of the models table comes last. A job that dies before it has made nothing visible, and the
-next night computes the same work from the ratings version that the published model names.
+The row of the models table is written last. If a job dies before that, readers see nothing of it
+and the next night finds the same work again (see `changes`).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from unlearn_spark.tables.store import Store
 
 MODEL_TABLES = ("user_factors", "item_factors", "ledger", "rating_blocks", "rating_changes")
-"""Those that a model version replaces or changes."""
+"""The tables that a new model version replaces or changes."""
 
 FEW_BYTES = 8 * 2**20
-"""Re-solved factors of a side of no more bytes are sent to every task that writes factors."""
+"""Spark broadcasts a side's re-solved factors up to this size to the tasks that write factors."""
 
 
 def commit_rounds(
     tonight: Tonight, changed: ChangedModel, mended: Mended
 ) -> tuple[ModelVersion, dict[str, Any]]:
-    """Publish a model that its rounds have mended; the version, and the figures of the job.
+    """Publish a model whose rounds are done; return the version and the figures of the job.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def commit_rounds(
     }
     written = run_concurrently(writes)
     for name, delta_version in written.items():
-        # Writing nothing over nothing makes no commit.
+        # Our own write adds one Delta version, or none if it writes nothing over nothing.
         if name in bases and delta_version not in (bases[name], bases[name] + 1):
             raise ConflictError(
                 f"table {name.removesuffix('_version')}: another job wrote to it meanwhile; "
@@ -102,12 +102,9 @@ def commit_rounds(
 def commit_sweeps(
     tonight: Tonight, fitted: FitResult, mended: Mended | None
 ) -> tuple[ModelVersion, dict[str, Any]]:
-    """Publish a model that was swept as a whole; the version, and the figures of the job.
+    """Publish a model after whole sweeps; return the version and the figures of the job.
 
-    Parameters
-    ----------
-    mended
-        The rounds that gave up before, if there were any.
+    `mended` are the rounds that gave up before the sweeps, if there were any.
     """
     store, model, changes, summary = tonight.store, tonight.model, tonight.changes, fitted.summary
     whole = fitted.to_publish()
@@ -143,10 +140,10 @@ def commit_sweeps(
 
 
 def restore(store: Store, model: ModelVersion) -> dict[str, int]:
-    """Put the model's own tables back to what the published version names.
+    """Restore the model's own tables to the versions that the published model names.
 
-    They differ after a job that died between its writes, and after a rollback. Returns the Delta
-    version of each table to write upon.
+    They differ after a rollback, and after a job that died between its writes. Returns the Delta
+    version of each table after that.
     """
     tasks = {}
     for table in MODEL_TABLES:
@@ -157,7 +154,7 @@ def restore(store: Store, model: ModelVersion) -> dict[str, int]:
 
 
 def _deletion(tonight: Tonight) -> Callable[[], int]:
-    """What deletes the ratings that the requests cover, and gives the version without them."""
+    """A function that deletes the covered ratings and returns the version without them."""
     store, changes = tonight.store, tonight.changes
     version, stored = changes.news.ratings_version, changes.stored
     return lambda: version if stored is None else ratings.delete(store, stored, version)
@@ -166,8 +163,8 @@ def _deletion(tonight: Tonight) -> Callable[[], int]:
 def _partial_writes(
     tonight: Tonight, changed: ChangedModel, mended: Mended, blocks: dict[str, list[int]]
 ) -> dict[str, Callable[[], int]]:
-    """By field of `ModelVersion` what writes its table: these factor blocks, the ledger, and
-    tonight's changes."""
+    """By field of `ModelVersion`: a function that writes its table and returns the new version, for
+    these factor blocks, the ledger and tonight's rating changes."""
     store, frontier = tonight.store, mended.frontier
     writes: dict[str, Callable[[], int]] = {}
     for side in SIDES:
@@ -192,7 +189,7 @@ def _partial_writes(
 
 
 def _receipts_write(tonight: Tonight, n_solved: int, worst: float) -> dict[str, Callable[[], int]]:
-    """The write that answers tonight's requests, if there are any."""
+    """A function that writes the receipts of tonight's requests; empty if there are no requests."""
     changes, model = tonight.changes, tonight.model
     if not changes.news.n_requests:
         return {}

@@ -1,6 +1,6 @@
-"""One night's work: from pending requests and new ratings to the next published version.
+"""Runs a night: from pending requests and new ratings to the next published version.
 
-The steps, each a function of what the one before gave::
+Each step is a function of the result before it::
 
     news --> changes --> changed model --> rounds --+--> commit
                              |                      | (gave up)
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 def run_night(
     store: Store, settings: Settings, progress: Callable[[str], None], *, kind: str
 ) -> dict[str, Any]:
-    """Fold everything pending into the published model and publish the next version.
+    """Put pending requests and new ratings into the published model, and publish the next version.
 
     Parameters
     ----------
     kind
-        `unlearn`: nothing happens without a pending request. `update`: nothing happens without
-        pending requests or new ratings.
+        `unlearn`: do nothing if no request is pending. `update`: do nothing if, in addition, no
+        rating is new.
 
     Returns
     -------
@@ -57,9 +57,9 @@ def run_night(
     TableMissingError
         There is no published model.
     InputError
-        No rating would remain.
+        No rating would remain, or the published model names no ratings.
     ConflictError
-        Another job published meanwhile; nothing became visible.
+        Another job wrote or published meanwhile; nothing became visible.
     """
     started, checkpoint = time.perf_counter(), settings.execution.checkpoint
     with session_conf(store.spark, SMALL_QUERIES):
@@ -94,14 +94,14 @@ def run_night(
 
 
 def mend(tonight: Tonight, changed: ChangedModel) -> Mended:
-    """Put the changes into the ledger, and re-solve what they disturb until no bound is over tau,
-    or until that is not the cheaper way."""
+    """Put the changes into the ledger, and re-solve disturbed rows in rounds until no bound is over
+    tau. Give up when whole sweeps look cheaper."""
     store, model, unlearn = tonight.store, tonight.model, tonight.unlearn
     parallelism = session_parallelism(store.spark)
     solver, n_rows = solver_of(model.als), sum(changed.n_rows.values())
     placing = Placing.of(solver.rank, parallelism, n_rows, changed.n_blocks)
-    # In implicit mode every move disturbs every row through the Gram matrix: to solve a row early,
-    # for the sake of later rounds, makes the more work for the others.
+    # In implicit mode every move disturbs every row through the Gram matrix. To solve a row before
+    # it is over tau would make work for all others.
     mark = unlearn.tau if model.als.implicit_prefs else unlearn.mark
     thresholds = Thresholds(changed.n_blocks, unlearn.tau, mark, model.floors)
     pages = open_ledger(
@@ -140,8 +140,8 @@ def mend(tonight: Tonight, changed: ChangedModel) -> Mended:
 
 
 def sweep_everything(tonight: Tonight, warm: tuple[DataFrame, DataFrame]) -> FitResult:
-    """Whole accelerated sweeps over the retained ratings from given user and item factors, and a
-    scan of every row (Unlearn-ALS: Xu et al. 2023, arXiv 2302.06676)."""
+    """Sweep all rows over the retained ratings, starting from `warm` (user and item factors), then
+    scan every row's residual (Unlearn-ALS: Xu et al. 2023, arXiv 2302.06676)."""
     model, news = tonight.model, tonight.changes.news
     retained = ratings.retained(
         tonight.store, news.ratings_version, news.tombstones_version, model.receipts_version
@@ -157,7 +157,7 @@ def sweep_everything(tonight: Tonight, warm: tuple[DataFrame, DataFrame]) -> Fit
 
 
 def _announce(tonight: Tonight) -> None:
-    """Say what the night has to do.
+    """Report how much the night has to do.
 
     Raises
     ------
@@ -170,7 +170,7 @@ def _announce(tonight: Tonight) -> None:
         f"{changes.n_added} new or corrected ratings come in"
     )
     names = changes.without_ratings
-    if names:  # of somebody else, or written otherwise?
+    if names:  # their ids may be misspelt
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         tonight.progress(
             f"{len(names)} of the requests cover no rating (check their ids and times): {shown}"
@@ -183,7 +183,7 @@ def _announce(tonight: Tonight) -> None:
 
 
 def _report(tonight: Tonight, version: ModelVersion, figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the job, exit code 1 among them where the certificate does not hold."""
+    """The figures of the job, with exit code 1 if the certificate does not hold."""
     model, unlearn = tonight.model, tonight.unlearn
     failed = {} if version.certificate["holds"] else {"exit_code": 1}
     if failed:

@@ -1,4 +1,4 @@
-"""Tasks of a night that work on pages of the ledger."""
+"""Functions that a night's Spark tasks run on pages of the ledger: open, update and unpack them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from unlearn_spark.core.solver import Solver
 
 PAGES = f"side string, page int, {_BINARY_COLUMNS}, ids binary, summary binary"
-"""A page of the ledger; `ids` names its rows (`_IDS`), `summary` is a pickled `pages.Summary`."""
+"""A page of the ledger. `ids` are its rows' ids (`_IDS`), `summary` is a pickled `Summary`."""
 
 _IDS = pa.schema([("id", pa.string())])
 
 KINDS = ("entry", "touched", "change")
-"""Of rows that a page is made of: ledger entries of the published model, rows whose ratings change
-tonight, and changes of ratings since the chunks were packed."""
+"""Kinds of rows that a page is made from: the published model's ledger entries, rows whose ratings
+change tonight, and rating changes since the chunks were packed."""
 
 ENTRIES = (
     "side string, id string, block int, slot int, chunk int, n_ratings int, gradient_norm double, "
@@ -48,8 +48,8 @@ ENTRIES_AT_A_TIME = 10_000
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What rows are chosen by: blocks of each side, tau and the mark, and the floor of each side's
-    residuals."""
+    """What decides which rows a round works on: each side's number of blocks, tau, the lower mark,
+    and each side's floor."""
 
     n_blocks: dict[str, int]
     tau: float
@@ -57,11 +57,11 @@ class Thresholds:
     floors: dict[str, float]
 
     def chosen(self, page: Page, side: str, choice: str) -> NDArray[np.bool_]:
-        """Which rows of a page of this side a choice means."""
+        """A mask of the page's rows that a choice (`ledger_page.CHOICES`) selects."""
         return page.chosen(choice, self.tau, self.mark, self.floors[side])
 
     def summary(self, page: Page, side: str) -> Summary:
-        """How a page of this side stands."""
+        """The summary of a page of this side."""
         return page.summary(self.n_blocks[side], self.tau, self.mark, self.floors[side])
 
 
@@ -74,7 +74,7 @@ def _page_row(
 
 
 def _opened_page(state: pa.Table) -> tuple[Page, pa.Buffer]:
-    """A page and its `ids`, from the entries, touched rows and changes of one side (`KINDS`)."""
+    """Make a page and its `ids` from entries, touched rows and changes (`KINDS`) of one side."""
     stored, touched, changes = (
         state.filter(pa.compute.equal(state["kind"], kind)) for kind in KINDS
     )
@@ -107,12 +107,12 @@ def _pushes_of(
     others: tuple[NDArray[np.int32], NDArray[np.float32]],
     objective: Objective,
 ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
-    """(slots, gradient, b): what tonight's changes do to the equations of a page's rows.
+    """Slots, and norms of the changes of gradient and b, of rows whose ratings change tonight.
 
     Parameters
     ----------
     mine, others
-        (slots, factors) of this side's rows and of the other side's, as they were.
+        (slots, factors) of this side's rows and of the other side's, before the night.
     """
     news = page.changes.of(page.changes.order == tonight)
     news = news.of(np.isin(news.rows, page.slots))
@@ -131,8 +131,7 @@ def _pushes_of(
 
 
 def _page_after(page: Page, results: list[dict[str, Any]], drift: float, again: bool) -> Page:
-    """A page after a round. What a patch says of its own rows is final: no push, and no drift,
-    comes on top."""
+    """A page after a round: pushes and drift first, then a patch's final values of its own rows."""
 
     def column(name: str, kind: type[np.generic]) -> NDArray[Any]:
         arrays = [np.frombuffer(row[name], kind) for row in results]
@@ -149,8 +148,7 @@ def _page_after(page: Page, results: list[dict[str, Any]], drift: float, again: 
 
 
 def change_need_finder(paging: Paging) -> Callable[[pa.Table], pa.Table]:
-    """From changes (side, page, slot, other_slot) of a page the rows whose factors it needs
-    (`NEEDED`)."""
+    """Find the rows (`NEEDED`) that a page's changes (side, page, slot, other_slot) name."""
 
     def need(table: pa.Table) -> pa.Table:
         key = table["page"][0].as_py()
@@ -166,8 +164,8 @@ def change_need_finder(paging: Paging) -> Callable[[pa.Table], pa.Table]:
 def page_opener(
     solver: Solver, tonight: int, drifts: dict[str, float], force: bool, thresholds: Thresholds
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
-    """A page's entries, touched rows and changes and the factors that these need (`MESSAGES`) as
-    `PAGES`, with tonight's changes pushed."""
+    """Make `PAGES` from rows of all `KINDS`, and push tonight's changes into them with the factors
+    that they need (`MESSAGES`)."""
 
     def make(left: pa.Table, right: pa.Table) -> pa.Table:
         known = {
@@ -191,7 +189,7 @@ def page_opener(
 def result_taker(
     drifts: dict[str, float], again: bool, thresholds: Thresholds
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
-    """The pages after a round, from those before and its `RESULTS`."""
+    """Update `PAGES` with the `RESULTS` of a round."""
 
     def take(left: pa.Table, right: pa.Table) -> pa.Table:
         results = _by_side(arrays_of(right))
@@ -209,7 +207,7 @@ def result_taker(
 def entry_unpacker(
     n_blocks: dict[str, int],
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """Pages of the ledger as `ENTRIES`, by block and slot."""
+    """Turn `PAGES` into `ENTRIES`, sorted by block and slot."""
 
     def unpack(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         for batch in batches:
@@ -230,7 +228,7 @@ def entry_unpacker(
                         "factor_norm": page.factor_norm,
                     }
                 )
-                # Sorted here, because Spark's sort of sorted rows is one look at each.
+                # Spark sorts again, but only has to pass over rows that are sorted.
                 entries = entries.take(np.lexsort((page.slots, blocks)))
                 yield from entries.to_batches(ENTRIES_AT_A_TIME)
 

@@ -1,4 +1,4 @@
-"""Tasks of a night that load a patch and settle it."""
+"""Functions that a night's Spark tasks run to load the rows of a patch and to solve them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from unlearn_spark.core.solver import Solver
 
 WANTED = "side string, block int, chunk int, wanted binary"
-"""Slots of a stored chunk that a patch looks at."""
+"""The slots of a stored chunk whose ratings a patch needs."""
 
 LOADED = f"key int, side string, counts binary, others binary, values binary, {_BINARY_COLUMNS}"
-"""Packed ratings of a part, as they were stored, or (counts is null) its ledger entries with the
-changes since."""
+"""A part of a patch: packed ratings as stored, or, where counts is null, ledger entries with the
+rating changes since then."""
 
 RESULTS = (
     "side string, page int, slots binary, factors binary, gradient_norm binary, b_norm binary, "
     "factor_norm binary, solved binary, push_slots binary, push_gradient binary, push_b binary, "
     "gram_change binary, solved_rows long, solved_ratings long, scanned_ratings long"
 )
-"""`patch.PatchResult` by page; its totals stand on the first row of each part and side."""
+"""A `PatchResult` by page. Its `TOTALS` are in the first row of each part and side, else null."""
 
 TOTALS = ("side", "gram_change", "solved_rows", "solved_ratings", "scanned_ratings")
 
@@ -39,7 +39,7 @@ TOTALS = ("side", "gram_change", "solved_rows", "solved_ratings", "scanned_ratin
 def chunk_finder(
     patch: dict[str, str], thresholds: Thresholds
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """From pages of the ledger the chunks (`WANTED`) that have chosen rows."""
+    """Find the chunks (`WANTED`) of the rows that `patch` chooses in pages of the ledger."""
 
     def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         side, page = row["side"], Page.from_binary(row)
@@ -59,7 +59,7 @@ def chunk_finder(
 def entry_finder(
     patch: dict[str, str], thresholds: Thresholds, keys: tuple[int, ...]
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """From pages of the ledger the chosen rows (`LOADED`) by part."""
+    """Take the rows that `patch` chooses (`LOADED`), by part, from pages of the ledger."""
 
     def find(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         side, page = row["side"], Page.from_binary(row)
@@ -74,7 +74,7 @@ def entry_finder(
 def wanted_keeper(
     keys: tuple[int, ...],
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """From stored chunks with their `wanted` slots the ratings of those (`LOADED`) by part."""
+    """Take the ratings (`LOADED`) of `wanted` slots, by part, from stored chunks."""
     nothing = dict.fromkeys(COLUMNS)
 
     def pieces(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -98,7 +98,10 @@ def patch_solver(
     eager: Container[str],
     paging: Paging,
 ) -> Callable[[pa.Table, pa.Table], pa.Table]:
-    """Settles a part (`LOADED`) with the factors that it needs (`MESSAGES`): its `RESULTS`."""
+    """Solve a part (`LOADED`) with the factors that it needs (`MESSAGES`), and return `RESULTS`.
+
+    `grams` and `spare` are those of `solve_patch`; `eager` are the sides with rows over tau.
+    """
 
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
@@ -110,8 +113,8 @@ def patch_solver(
             )
             for side in SIDES
         }
-        settled = solve_patch(solver, sides, thresholds.tau, thresholds.mark, grams, spare)
-        rows = [row for side in SIDES for row in _result_rows(side, settled[side], paging)]
+        results = solve_patch(solver, sides, thresholds.tau, thresholds.mark, grams, spare)
+        rows = [row for side in SIDES for row in _result_rows(side, results[side], paging)]
         return _table_of(RESULTS, rows)
 
     return solve
@@ -124,7 +127,7 @@ def _patch_side(
     floor: float,
     eager: bool,
 ) -> PatchSide:
-    """One side of a part from what was loaded of it and the factor rows that came with that."""
+    """One side of a part, from its loaded rows (`LOADED`) and factors (`MESSAGES`)."""
     pages = [Page.from_binary(row) for row in loaded if row["counts"] is None]
     block = RatingBlock.from_pieces([row for row in loaded if row["counts"] is not None])
     for page in pages:
@@ -132,38 +135,38 @@ def _patch_side(
     slots = np.concatenate([np.zeros(0, np.int32), *[page.slots for page in pages]])
     order = np.argsort(slots)
     if not np.array_equal(slots[order], block.slots):
-        raise ValueError("active rows and their ratings differ; the rating blocks are damaged")
+        raise ValueError("ledger rows and packed ratings differ; the rating blocks are damaged")
     gradient = np.concatenate([np.zeros(0), *[page.gradient_norm for page in pages]])
     forced = np.isinf(gradient)[order]
     return PatchSide(*_known_rows(messages, rank), block, forced, floor, eager)
 
 
-def _result_rows(side: str, settled: PatchResult, paging: Paging) -> Iterator[dict[str, Any]]:
-    """Rows of `RESULTS`."""
+def _result_rows(side: str, result: PatchResult, paging: Paging) -> Iterator[dict[str, Any]]:
+    """Rows of `RESULTS`, at least one."""
     totals: dict[str, Any] = {
-        "gram_change": raw(settled.gram_change, np.float64),
-        "solved_rows": settled.solved_rows,
-        "solved_ratings": settled.solved_ratings,
-        "scanned_ratings": settled.scanned_ratings,
+        "gram_change": raw(result.gram_change, np.float64),
+        "solved_rows": result.solved_rows,
+        "solved_ratings": result.solved_ratings,
+        "scanned_ratings": result.scanned_ratings,
     }
-    factor_norm = np.linalg.norm(settled.factors.astype(np.float64), axis=1)
-    pushes = dict(paging.split(side, settled.push_slots))
-    own = dict(paging.split(side, settled.slots))
+    factor_norm = np.linalg.norm(result.factors.astype(np.float64), axis=1)
+    pushes = dict(paging.split(side, result.push_slots))
+    own = dict(paging.split(side, result.slots))
     none = np.zeros(0, np.intp)
     for page in sorted({paging.keys[0], *pushes, *own}):
         rows, pushed = own.get(page, none), pushes.get(page, none)
         yield {
             "side": side,
             "page": page,
-            "slots": raw(settled.slots[rows], np.int32),
-            "factors": raw(settled.factors[rows], np.float32),
-            "gradient_norm": raw(settled.gradient_norm[rows], np.float64),
-            "b_norm": raw(settled.b_norm[rows], np.float64),
+            "slots": raw(result.slots[rows], np.int32),
+            "factors": raw(result.factors[rows], np.float32),
+            "gradient_norm": raw(result.gradient_norm[rows], np.float64),
+            "b_norm": raw(result.b_norm[rows], np.float64),
             "factor_norm": raw(factor_norm[rows], np.float64),
-            "solved": raw(settled.solved[rows], np.bool_),
-            "push_slots": raw(settled.push_slots[pushed], np.int32),
-            "push_gradient": raw(settled.push_gradient[pushed], np.float64),
-            "push_b": raw(settled.push_b[pushed], np.float64),
+            "solved": raw(result.solved[rows], np.bool_),
+            "push_slots": raw(result.push_slots[pushed], np.int32),
+            "push_gradient": raw(result.push_gradient[pushed], np.float64),
+            "push_b": raw(result.push_b[pushed], np.float64),
             **totals,
         }
         totals = dict.fromkeys(totals)

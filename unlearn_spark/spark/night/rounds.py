@@ -1,13 +1,13 @@
-"""Rounds of the frontier loop on Spark.
+"""Runs the rounds of the frontier loop on Spark.
 
-The ledger and the factors are pages (`ledger_page.Page`), packed into a few binary rows each. A
-round is two jobs and a look at scalars: one loads what the patch needs and settles it,
+The ledger and the factors are pages (`ledger_page.Page`), each a few binary rows. A round is two
+Spark jobs. The first loads what the patch needs and solves it:
 
     ledger pages --asks--> rating chunks, changes --by part--> ratings --needs, by page--> factors
                                                                   |                           |
                                                                   +------> solved <---by part-+
 
-and one takes the results, by page, into the ledger.
+The second updates the ledger's pages with the results.
 """
 
 from __future__ import annotations
@@ -73,16 +73,16 @@ if TYPE_CHECKING:
 
 
 MOST_RESULTS = 8
-"""Rounds whose results are kept apart."""
+"""After so many rounds their results become one frame, because every frame makes plans longer."""
 
 FEW_SHARE = 0.25
-"""A patch with fewer ratings than this share of all rows picks the factors that it needs where they
-are read; for more, all are packed, and kept for the rounds to come."""
+"""A patch with up to this many ratings per row of the model reads only the factors that it needs.
+For a larger one all factors are packed, and kept for later rounds."""
 
 
 @dataclass(frozen=True)
 class Placing:
-    """Where the rows of a night lie on Spark: which page a block belongs to, and its task."""
+    """How a night's rows are spread over Spark's tasks: pages, and the page of each block."""
 
     rank: int
     parallelism: int
@@ -90,7 +90,7 @@ class Placing:
 
     @classmethod
     def of(cls, rank: int, parallelism: int, n_rows: int, n_blocks: Mapping[str, int]) -> Placing:
-        """For a model of so many rows of both sides."""
+        """A placing for a model of `n_rows` rows, both sides together."""
         n_pages = whole_waves(-(-max(1, n_rows) // PAGE_ROWS), parallelism)
         return cls(rank, parallelism, Paging(balanced_keys(n_pages), n_blocks))
 
@@ -100,20 +100,17 @@ class Placing:
         return F.expr(part_key("block", self.paging.keys)).alias("page")
 
     def by_page(self, frame: DataFrame) -> GroupedData:
-        """Rows that have a `page`, grouped by it, a task for each page.
-
-        With the session's number of partitions several would meet in one, while others stay empty.
-        """
+        """Group rows by their column `page`, with a task for each page."""
+        # In the session's number of partitions, some would have several pages and others none.
         return frame.repartition(len(self.paging.keys), "page").groupBy("page")
 
     def packed(self, rows: DataFrame) -> DataFrame:
-        """Factor rows (side, slot, factors) as `FACTOR_PAGES`."""
+        """Pack factor rows (side, slot, factors) into `FACTOR_PAGES`."""
         pack = packer(self.rank, self.paging)
         return rows.select("side", "slot", "factors").mapInArrow(pack, FACTOR_PAGES)
 
     def fetched(self, needed: DataFrame, factor_pages: DataFrame) -> DataFrame:
-        """Factors (`MESSAGES`) of needed rows (`NEEDED`) from pages of factors, which may have
-        `solved` and `round` of the results of rounds."""
+        """The factors (`MESSAGES`) of needed rows (`NEEDED`), from rows as `_as_results` makes."""
         return (
             self.by_page(needed)
             .cogroup(self.by_page(factor_pages))
@@ -122,7 +119,7 @@ class Placing:
 
 
 def whole_waves(n_tasks: int, parallelism: int) -> int:
-    """At least so many tasks, and such a number that none of many waits for a last few."""
+    """Round a number of tasks up to whole waves of the cluster, unless one wave is enough."""
     if n_tasks <= parallelism:
         return n_tasks
     return -(-n_tasks // parallelism) * parallelism
@@ -142,7 +139,7 @@ def open_ledger(
     force: bool,
     checkpoint: str,
 ) -> DataFrame:
-    """Pages (`PAGES`) of the published ledger with tonight's ratings put into it.
+    """Turn the published ledger into pages (`PAGES`), and push tonight's changes into them.
 
     Parameters
     ----------
@@ -150,23 +147,23 @@ def open_ledger(
         side, id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm: one entry for
         every row of the published model.
     touched
-        By side: id, block, slot, n_ratings, factors of rows whose ratings changed, new ones among
-        them, as they are now; of those that left the factors that they had.
+        By side: id, block, slot, n_ratings (new), factors of the rows whose ratings change: new
+        rows with their starting factors, the others, also those that leave, with published ones.
     earlier, news
         side, block, slot, other_slot, value, change (-1 removed, +1 added), model_version: changes
         since the chunks were packed, and tonight's.
     tonight
         The `model_version` of tonight's changes.
     gram_changes
-        By side: float64 (rank, rank) change of its Gram matrix because rows left or came; empty in
+        By side: float64 (rank, rank) change of its Gram matrix because rows leave or come; empty in
         explicit mode.
     force
-        Rows that tonight's ratings belong to must be solved.
+        Solve every row that gains or loses a rating, whatever its residual.
     checkpoint
-        `execution.checkpoint`: how the pages are kept.
+        `execution.checkpoint`, see `materialise`.
     """
     drifts = {side: drift(gram_changes[side]) if gram_changes else 0.0 for side in SIDES}
-    # Ids of the two sides may be of different types; the ledger has them as strings.
+    # The two sides' ids may be of different types; the ledger has strings.
     text = F.col("id").cast("string")
     of_both = _sides({side: rows.withColumn("id", text) for side, rows in touched.items()})
     place, counted = ("side", placing.page, "slot"), ("id", "n_ratings")
@@ -195,33 +192,28 @@ def open_ledger(
 
 @dataclass
 class Frontier:
-    """A night's rounds: pages of the ledger, and what re-solves the rows over tau.
+    """The state of a night's rounds, and the Spark jobs that run a round.
 
     Attributes
     ----------
     solver
         Objective, rank and precision.
-    placing
-    thresholds
-        What rows are chosen by.
     rows
-        By side: slot, factors - as published, also of rows that left, and new rows. Read when they
-        are needed.
+        By side: slot, factors (`ChangedModel.vectors`); read when they are needed.
     chunks
         Packed ratings of both sides (`encoding.CHUNK_SCHEMA`).
     pages
-        The ledger of both sides (`PAGES`); after every round true bounds.
-    execution
+        The ledger of both sides (`PAGES`), whose bounds hold after every round.
     work
-        Arithmetic done.
+        The arithmetic done so far.
     grams
-        By side its Gram matrix as it is now; empty in explicit mode.
+        By side: its present Gram matrix; empty in explicit mode.
     rounds
-        How many were done.
+        The number of rounds done.
     factor_pages
-        The factors of `rows` (`FACTOR_PAGES`), from the first round on that needs many of them.
+        The factors of `rows` (`FACTOR_PAGES`); None before the first round that needs many.
     results
-        Of each round (`RESULTS`), oldest first.
+        Results of the rounds (`RESULTS`) with their `round`, oldest first.
     """
 
     solver: Solver
@@ -240,10 +232,8 @@ class Frontier:
     # --- reading -----------------------------------------------------------------------------
 
     def current(self, side: str, rows: DataFrame, *, few: bool = False) -> DataFrame:
-        """Rows of a side (slot, factors and more) with the factors that were re-solved tonight.
-
-        Those are sent to every task where they are `few`; no row is moved then.
-        """
+        """Replace the factors of a side's rows (slot, factors and more) by those solved tonight. If
+        these are `few`, Spark broadcasts them and does not shuffle the rows."""
         if not self.results:
             return rows
         moved = (
@@ -261,8 +251,8 @@ class Frontier:
         )
 
     def entries(self) -> DataFrame:
-        """The ledger of both sides as rows (`ENTRIES`), by block and slot; all of a block
-        lie in one partition."""
+        """The ledger of both sides as `ENTRIES`, sorted by block and slot; a block lies in one
+        partition."""
         return self.pages.mapInArrow(entry_unpacker(self.thresholds.n_blocks), ENTRIES)
 
     def ratings_of(
@@ -271,17 +261,17 @@ class Frontier:
         keys: tuple[int, ...],
         chunks: Mapping[str, Collection[int] | None],
     ) -> DataFrame:
-        """Ratings and ledger entries (`LOADED`) of the chosen rows alone, by part.
+        """Load ratings and ledger entries (`LOADED`) of the chosen rows, by part.
 
         Parameters
         ----------
         patch
-            By side which rows (`pages.CHOICES`).
+            By side: which rows (`ledger_page.CHOICES`).
         keys
             One for each part; a row belongs to part `slot % len(keys)`.
         chunks
-            By side the stored chunks in which these rows lie, where they are known and few: no
-            other is read.
+            By side: the stored chunks of these rows, which are then the only ones read; None: too
+            many to list.
         """
         chosen, of = self.pages.where(F.col("side").isin(list(patch))), dict(patch)
         thresholds = self.thresholds
@@ -297,11 +287,11 @@ class Frontier:
             .select("side", "wanted", "slots", "counts", "others", "values")
             .mapInArrow(wanted_keeper(keys), LOADED)
         )
-        # As many partitions as parts: adaptive execution would join them by their size.
+        # The number keeps adaptive execution from merging small partitions.
         return stored.unionByName(rows).repartition(len(keys), "key")
 
     def _in_chunks(self, side: str, chunks: Collection[int] | None) -> Column:
-        """These chunks of a side, in a form by which files are skipped; None: all."""
+        """A condition for these chunks of a side (None: all), by which Delta skips files."""
         if chunks is None:
             return F.lit(True)
         by_block: dict[int, list[int]] = {}
@@ -315,12 +305,12 @@ class Frontier:
     # --- steps -------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Drop the factors that rounds have kept."""
+        """Drop the cached factors."""
         if self.factor_pages is not None:
             self.factor_pages.unpersist()
 
     def summary(self) -> dict[str, Summary]:
-        """How each side stands."""
+        """The summary of each side."""
         found = dict.fromkeys(SIDES, NOTHING)
         for row in self.pages.select("side", "summary").collect():
             found[row["side"]] += pickle.loads(row["summary"])
@@ -329,11 +319,11 @@ class Frontier:
     def resolve(
         self, patch: Mapping[str, str], state: Mapping[str, Summary], eager: Container[str]
     ) -> None:
-        """Look at the rows of a patch: scan them, re-solve those over the mark, and push what
-        moved into the rows outside.
+        """Run a round: scan the rows of a patch, re-solve those over the mark, and push their moves
+        into the rows outside.
 
-        A patch of both sides is solved by one task; rows of one side may be spread over several.
-        `eager`: the sides with rows over tau.
+        One task solves a patch of both sides; several may share a patch of one side. `state` is
+        the summary before the round, `eager` the sides with rows over tau.
         """
         self.rounds += 1
         ratings = sum(state[side].ratings[name] for side, name in patch.items())
@@ -357,7 +347,6 @@ class Frontier:
         )
         self.results.append(result.withColumn("round", F.lit(self.rounds)))
         if len(self.results) >= MOST_RESULTS:
-            # One frame for many: a long chain would make every plan longer.
             self.results = [self._checkpoint(self._all_results())]
 
     def _all_results(self) -> DataFrame:
@@ -365,8 +354,8 @@ class Frontier:
         return _union([frame.select(*wanted) for frame in self.results])
 
     def _factors_for(self, needed: DataFrame, ratings: int) -> DataFrame:
-        """Factors (`FACTOR_PAGES`) of the needed rows (`NEEDED`) at least, of a patch of so many
-        ratings."""
+        """Factors before the rounds (`FACTOR_PAGES`) of at least the needed rows (`NEEDED`), for a
+        patch of so many ratings."""
         if self.factor_pages is not None:
             return self.factor_pages
         rows = _sides(self.rows)
@@ -377,7 +366,7 @@ class Frontier:
         return self.factor_pages
 
     def _fetched(self, needed: DataFrame, ratings: int) -> DataFrame:
-        """Factors as they are now (`MESSAGES`) of needed rows (`NEEDED`)."""
+        """The present factors (`MESSAGES`) of needed rows (`NEEDED`)."""
         pages = _as_results(self._factors_for(needed, ratings))
         if self.results:
             pages = pages.unionByName(self._all_results())
@@ -390,7 +379,7 @@ class Frontier:
         chunks: Mapping[str, Collection[int] | None],
         eager: Container[str],
     ) -> DataFrame:
-        """What became of a patch (`RESULTS`)."""
+        """Solve a patch, and keep its `RESULTS`."""
         n_parts = -(-ratings // self.execution.part_ratings)
         if len(patch) == 1:
             n_parts = max(n_parts, min(self.placing.parallelism, ratings // TASK_RATINGS), 1)
@@ -429,9 +418,9 @@ class Mended:
     Attributes
     ----------
     frontier
-        Has the factors and ledger entries as they are now, and the work that was done.
+        Present factors and ledger entries, and the work done.
     end
-        How each side stands; None: the rounds gave up.
+        By side: its summary; None if the rounds gave up.
     """
 
     frontier: Frontier
@@ -439,12 +428,12 @@ class Mended:
 
     @property
     def is_done(self) -> bool:
-        """Is no bound over tau?"""
+        """Whether no bound is over tau."""
         return self.end is not None
 
     @property
     def sides(self) -> Mapping[str, Summary]:
-        """How each side stands, where the rounds are done."""
+        """The summary of each side; only if the rounds are done."""
         assert self.end is not None
         return self.end
 
@@ -455,16 +444,16 @@ class Mended:
 
     @property
     def n_solved(self) -> dict[str, int]:
-        """By side the rows that were re-solved."""
+        """By side: the number of rows that were re-solved."""
         return {side: found.solved for side, found in self.sides.items()}
 
     @property
     def solved_blocks(self) -> dict[str, frozenset[int]]:
-        """By side the blocks in which these lie."""
+        """By side: the blocks of the re-solved rows."""
         return {side: found.solved_blocks for side, found in self.sides.items()}
 
     def factors(self, changed: ChangedModel) -> tuple[DataFrame, DataFrame]:
-        """User and item factors (id, factors) as they are now, of rows that have ratings."""
+        """The present user and item factors (id, factors) of all rows that have ratings."""
         users, items = (
             self.frontier.current(side, changed.present(side).select("id", "slot", "factors"))
             for side in SIDES
@@ -473,17 +462,17 @@ class Mended:
 
 
 def _sides(frames: Mapping[str, DataFrame]) -> DataFrame:
-    """The rows of both sides, told apart by `side`."""
+    """The rows of both sides, with a column `side`."""
     return _union([frames[side].withColumn("side", F.lit(side)) for side in SIDES])
 
 
 def _union(frames: Sequence[DataFrame]) -> DataFrame:
-    """All rows, with nulls for the columns that a frame lacks."""
+    """The rows of all frames, with nulls for columns that a frame lacks."""
     return reduce(lambda left, right: left.unionByName(right, allowMissingColumns=True), frames)
 
 
 def _as_results(factor_pages: DataFrame) -> DataFrame:
-    """Pages of factors in the columns that results of rounds have as well."""
+    """Pages of factors in columns that results of rounds also have, as of round 0."""
     return factor_pages.select(
         *("side", "page", "slots", "factors"),
         F.lit(None).cast("binary").alias("solved"),

@@ -1,4 +1,4 @@
-"""What a night starts from, for the steps that follow."""
+"""The inputs of a night, bundled for its steps."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tonight:
-    """What a night starts from, whichever way it is done.
+    """The inputs of a night, in rounds or in whole sweeps.
 
     Attributes
     ----------
     unlearn
-        The settings of that name for this model.
+        The `unlearn` settings, resolved for this model.
     model, sizes
         The published version, and its numbers of rows and ratings.
-    changes
-        What the night has to do.
     kind
         `unlearn` or `update`.
     started
-        By `time.perf_counter`.
+        When the job started, by `time.perf_counter`.
     """
 
     store: Store
@@ -44,11 +42,11 @@ class Tonight:
 
     @property
     def n_ratings(self) -> int:
-        """Those that the next version is fitted to."""
+        """The number of ratings that the next version is fitted to."""
         return self.sizes.ratings + self.changes.net
 
     def metrics(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Of the published version, with the figures of the job."""
+        """The metrics to publish: the figures of the job, its training sweeps and its duration."""
         return {
             **figures,
             "training_sweeps": self.model.training_sweeps,

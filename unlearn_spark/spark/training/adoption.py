@@ -1,7 +1,7 @@
-"""Adopting factors that were trained elsewhere: judge them by the retained ratings, as our own.
+"""Turns factors that were trained elsewhere into a fit, if wanted after sweeps to tolerance.
 
-Whoever trained them, rows are good as far as they solve their normal equations. So every row's
-residual is scanned, and if that is not enough the model is swept to tolerance from where it stands.
+Whoever trained a row, it is as good as it solves its normal equations on the retained ratings. So
+the adoption computes every row's residual, and can sweep from the given factors.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class AdoptedFit(FitResult):
     Attributes
     ----------
     residual_before
-        Largest relative residual as the factors came, over all rows of both sides; those that
-        came without factors count with the ones they start from. Infinite where no rating of the
-        table asks for anything but zero (both floors are 0) and a row is not zero.
+        Largest relative residual of the given factors, over all rows of both sides; rows without
+        given factors count with their starting factors. Infinite if every target is zero (both
+        floors are 0) and a row is not.
     without_factors
-        By side: rated ids that came without factors.
+        By side: the number of rated ids without given factors.
     without_ratings
-        By side: ids that came and have no rating; they are not in the model.
+        By side: the number of ids with given factors but without ratings; the model omits them.
     """
 
     residual_before: float
@@ -55,7 +55,7 @@ class AdoptedFit(FitResult):
     without_ratings: dict[str, int]
 
     def rows_over(self, tolerance: float) -> dict[str, int]:
-        """By side: rows whose relative residual exceeds a tolerance."""
+        """By side: the number of rows whose relative residual exceeds a tolerance."""
         bounded = with_bounds(self.rows, self.encoded.floors)
         over = F.count_if(F.col("bound") > tolerance)
         return {side: counts[0] for side, counts in aggregates_of(bounded, over).items()}
@@ -72,19 +72,19 @@ def adopt_factors(
     on_scan: Callable[[float], None] | None = None,
     on_sweep: Callable[[SweepReport], None] | None = None,
 ) -> AdoptedFit:
-    """Make a fit of foreign factors and the ratings that they are to stand for.
+    """Make a fit of given factors and the retained ratings.
 
     Parameters
     ----------
     ratings
-        user_id, item_id (any types), rating (castable to float): those that are retained.
+        user_id, item_id (any types), rating (castable to float): the retained ratings.
     user_factors, item_factors
         id (unique, of the ratings' types), factors array<float> of `als.rank` finite elements.
     als
-        The objective that the factors were trained for. `warm_start` is not looked at.
+        The objective that the factors were trained for. `warm_start` is ignored.
     converge
-        Sweep to `als.tol`, or `als.max_sweeps` times, starting at the given rows of the side with
-        fewer rows (the other side is solved from them). Otherwise the factors stay as they are.
+        Sweep to `als.tol`, or `als.max_sweeps` times, starting from the given rows of the side with
+        fewer rows (the other side is solved from them). Otherwise keep the given factors.
     on_scan
         Called with `residual_before` as soon as it is known.
     on_sweep
@@ -93,9 +93,9 @@ def adopt_factors(
     Raises
     ------
     InputError
-        There are no ratings; a rated id has no factors and `converge` is not set; no id of a side
-        occurs in the ratings; factors are negative although `als.nonnegative` is set; or, without
-        `converge`, a row is not zero although all ratings of the table ask for zero.
+        There are no ratings; no rated id of a side has factors; factors are negative although
+        `als.nonnegative` is set; or, without `converge`, a rated id has no factors, or a row is not
+        zero although every target is.
     """
     started = time.perf_counter()
     encoded = encode_ratings(ratings, als, execution)
@@ -113,7 +113,7 @@ def adopt_factors(
         for frame in rows.values():
             frame.unpersist()
         sweeper = Sweeper(encoded, als, execution, on_sweep, reports)
-        # The factors alone: an iterate without history.
+        # An iterate without history has only the factors.
         iterate = parts[encoded.anchor].withColumn("history", F.col("factors"))
         anchor, other, converged = sweeper.run(iterate)
         rows = sweeper.finish(anchor, other)
@@ -146,7 +146,7 @@ def adopt_factors(
 def _compare(
     encoded: Encoded, given: dict[str, DataFrame], als: AlsSettings, converge: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """By side: rated ids without factors, and ids with factors but without ratings."""
+    """By side: the numbers of rated ids without factors, and of ids with factors but no rating."""
     joined = {
         side: encoded.dictionaries[side]
         .select("id", "slot")
@@ -184,8 +184,8 @@ def _compare(
 
 
 def _starting_parts(encoded: Encoded, als: AlsSettings, side: str, given: DataFrame) -> DataFrame:
-    """Factor parts (`FACTOR_SCHEMA`) of one side with its share of the penalty: the given rows,
-    and where there is none the row that a fresh training starts from."""
+    """Factor parts (`FACTOR_SCHEMA`) of one side, with its penalty: the given rows, or, for ids
+    without one, the rows that a fresh training starts from."""
     layout, solver = encoded.layouts[side], solver_of(als)
     rows = (
         encoded.dictionaries[side]
@@ -216,7 +216,7 @@ def _starting_parts(encoded: Encoded, als: AlsSettings, side: str, given: DataFr
 
 
 def _objective(encoded: Encoded, als: AlsSettings, parts: dict[str, DataFrame]) -> float:
-    """The objective of both sides' factors as they are: what a sweep finds about its start."""
+    """The objective of the given factors, which a sweep computes for its starting point."""
     side, other = encoded.anchor, other_side(encoded.anchor)
     state = sweep_anchor(
         solver_of(als),

@@ -1,4 +1,4 @@
-"""Ratings as parts of both sides, encoded once per training."""
+"""Turns a training's ratings into cached parts of both sides, once per training."""
 
 from __future__ import annotations
 
@@ -28,25 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ratings as parts of both sides, and the dictionaries that name their slots.
+    """Ratings as parts of both sides, and the dictionaries from ids to slots.
 
     Attributes
     ----------
-    layouts
-        By side.
     dictionaries
         By side: id, n_ratings, block, slot.
     parts
-        By side: rating parts, placed.
+        By side: rating parts (`PART_SCHEMA`), each in its own partition.
     places
-        By side: key and part of those alone, where they are. Spark reads all columns of a cache to
-        hand on two of them, and a sweep that sends no ratings wants these.
-    n_ratings
-        Over all.
+        By side: key and part of `parts`, in the same partitions. A cache of its own for sweeps that
+        send no ratings, because Spark reads all columns of a cache.
     floors
-        By side what residuals are relative to at least (`floor_of`).
+        By side: the least denominator of its residuals (`floor_of`).
     held
-        The caches on which these frames stand.
+        The caches that these frames read.
     token
         Names the files in which workers keep the parts.
     """
@@ -68,17 +64,17 @@ class Encoded:
 
     @property
     def n_rows(self) -> dict[str, int]:
-        """By side."""
+        """By side: the number of rows."""
         return {side: layout.n_rows for side, layout in self.layouts.items()}
 
     @property
     def fits_one_task(self) -> bool:
-        """Are the ratings so few that a single task sweeps them?"""
+        """Whether the ratings are so few that a single task sweeps them."""
         return all(layout.n_parts == 1 for layout in self.layouts.values())
 
     def ratings_of(self, side: str, sent: bool) -> tuple[DataFrame, PartReader]:
-        """The parts of a side, and what gets their ratings in a worker: they are sent along (and
-        kept there), or looked for where they are kept. A single task's are always sent."""
+        """The parts of a side, and the reader of their ratings in a worker. If `sent`, or if there
+        is a single task, Spark sends the ratings; otherwise the reader looks for kept ones."""
         if self.fits_one_task:
             return self.parts[side], SENT
         parts = self.parts if sent else self.places
@@ -130,7 +126,7 @@ def _encode(ratings: DataFrame, settings: AlsSettings, execution: ExecutionSetti
         side: choose_parts(n_ratings, n_blocks[side], execution.part_ratings, parallelism)
         for side in SIDES
     }
-    together = max(n_parts.values()) == 1  # a single task sweeps all: in one partition
+    together = max(n_parts.values()) == 1  # a single task sweeps all, and wants one partition
     first = {"user": 0, "item": 0 if together else n_parts["user"]}
     layouts = {
         side: SideLayout(
@@ -144,7 +140,7 @@ def _encode(ratings: DataFrame, settings: AlsSettings, execution: ExecutionSetti
         )
         for side in SIDES
     }
-    # On disk: once the workers have files of their own, Spark needs these no more if all goes well.
+    # On disk, because workers keep files of their own: Spark reads these only if one is missing.
     entries = encoding.encode(fragments, numbered, layouts).persist(StorageLevel.DISK_ONLY)
     placed = entries.select("side", "key", "part").persist()
     placed.count()

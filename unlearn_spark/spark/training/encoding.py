@@ -1,8 +1,8 @@
-"""From a table of ratings to rating blocks spread over a session, once per training.
+"""The steps that turn a table of ratings into rating parts of both sides.
 
-The ratings are packed into binary fragments where they are read, and only such arrays are shuffled:
-never single ratings, nor single ids. The ids are replaced by slots (see `blocks`) through the
-fragments' own short dictionaries, which meet by block and are numbered there.
+The tasks that read the ratings pack them into binary fragments, and Spark shuffles only arrays, no
+single ratings or ids. Every fragment has its own short dictionary of ids. The dictionaries are cut
+by block; one task per block numbers its ids and tells every fragment their slots (see `blocks`).
 
     ratings --> fragments with local codes --> dictionaries, cut by block --> slots
                     |                                                          |
@@ -31,27 +31,26 @@ if TYPE_CHECKING:
 Batches = Iterable[pa.RecordBatch]
 
 PACK_RATINGS = 1_000_000
-"""Ratings of one fragment: ids are hashed once for so many."""
+"""Ratings of a fragment; a larger one hashes repeated ids less often but takes more memory."""
 
 
 def fragment(ratings: DataFrame) -> DataFrame:
-    """Ratings packed where they are read, under numbers of their own.
+    """Pack ratings into fragments in the tasks that read them, with local codes in place of ids.
 
-    Ids are hashed once, in Arrow, and whatever their type only small integers travel from here
-    on. The dictionaries that undo it are as long as a fragment has distinct ids.
+    Later steps move small integers, whatever the ids' type.
 
     Parameters
     ----------
     ratings
-        user_id, item_id (any types), rating (castable to float); no nulls.
+        user_id, item_id (any types), rating (castable to float); tasks raise ValueError for nulls.
 
     Returns
     -------
     DataFrame
-        A fragment of about `PACK_RATINGS` ratings is several rows. fragment: its number; values:
-        float32 (n,), for either side `<side>_codes`: int32 (n,), n at most `PIECE_RATINGS`. And
-        in one of its rows, else null: `<side>_ids`: the id of each code, `<side>_hashes`: their
-        xxhash64, `<side>_counts`: int32, their ratings in the fragment.
+        A fragment of about `PACK_RATINGS` ratings takes several rows. Every row has fragment, its
+        number; values, float32 (n,); and for either side `<side>_codes`, int32 (n,), where n is at
+        most `PIECE_RATINGS`. The first row also has what is null in the others: `<side>_ids`, the
+        id of each code; `<side>_hashes`, its xxhash64; and `<side>_counts`, int32, its ratings.
     """
     schema = "fragment long, values binary"
     for side in SIDES:
@@ -75,7 +74,7 @@ def _fragments(batches: Batches) -> Batches:
     def flush() -> Iterator[pa.RecordBatch]:
         table = pa.Table.from_batches(waiting)
         if any(column.null_count for column in table.columns):
-            raise ValueError("a rating has a null id or value; filter such rows out before")
+            raise ValueError("a rating has a null id or value; filter these rows out before")
         values = table["rating"].to_numpy()
         names = {side: table[f"{side}_id"].combine_chunks().dictionary_encode() for side in SIDES}
         codes = {side: names[side].indices.to_numpy() for side in SIDES}
@@ -107,7 +106,7 @@ def _fragments(batches: Batches) -> Batches:
 
 
 def estimate_sizes(fragments: DataFrame) -> tuple[dict[str, int], int]:
-    """About how many distinct ids each side has (to 5%), and the number of ratings."""
+    """By side: the approximate number of distinct ids (to 5%); and the exact number of ratings."""
     n_values = F.octet_length("values") / np.dtype(np.float32).itemsize
     named = [
         F.struct(
@@ -132,14 +131,14 @@ def estimate_sizes(fragments: DataFrame) -> tuple[dict[str, int], int]:
 
 
 def number(fragments: DataFrame, side: str, n_blocks: int) -> DataFrame:
-    """Number the ids of one side, in each block by falling degree, then id.
+    """Number the ids of one side within each block, by falling number of ratings, then by id.
 
     Returns
     -------
     DataFrame
-        One row a block with all its ids: block, ids (in order of their positions), n_ratings:
-        array<int>. And one a fragment and block, without ids, that translates the fragment's
-        codes: fragment, block, codes: int32 (n,), slots: int32 (n,).
+        Two kinds of rows. One per block: block, ids (by position), n_ratings array<int>. One per
+        fragment and block, with null ids, which translates codes: fragment, block, codes int32
+        (n,), slots int32 (n,).
     """
     kind = fragments.schema[f"{side}_ids"].dataType.simpleString()
 
@@ -167,7 +166,7 @@ def number(fragments: DataFrame, side: str, n_blocks: int) -> DataFrame:
 
 
 def _cut_by_block(fragment: pa.RecordBatch, n_blocks: int) -> Iterator[pa.RecordBatch]:
-    """A fragment's dictionary, one record for each block that has ids in it."""
+    """Cut a fragment's dictionary into one record for each block of its ids."""
     blocks = fragment["hashes"].flatten().to_numpy() % n_blocks
     ids = fragment["ids"].flatten()
     counts = np.frombuffer(arrays_of(fragment.select(["counts"]))[0]["counts"], np.int32)
@@ -228,7 +227,7 @@ def _number_block(pieces: pa.Table, n_blocks: int) -> pa.Table:
 
 
 def dictionary(numbered: DataFrame, n_blocks: int) -> DataFrame:
-    """(id, n_ratings, block, slot) of one side, from what `number` made."""
+    """id, n_ratings, block, slot of one side, from the result of `number`."""
     entries = F.arrays_zip(F.col("ids").alias("id"), F.col("n_ratings").alias("n_ratings"))
     return (
         numbered.where(F.col("ids").isNotNull())
@@ -251,20 +250,11 @@ def encode(
     numbered: Mapping[str, DataFrame],
     layouts: Mapping[str, SideLayout],
 ) -> DataFrame:
-    """Every rating twice, as an entry of a user part and of an item part (`ENTRY_SCHEMA`).
+    """Turn every rating into an entry of a user part and one of an item part (`ENTRY_SCHEMA`).
 
-    Each part's entries are in its own partition, where sweeps will find them. They are loose:
-    whoever reads a part sorts it (`RatingBlock.from_pieces`), and the workers of a training keep
-    it sorted (`local_parts`). To sort here would be a pass through Python and a shuffle more.
-
-    Parameters
-    ----------
-    fragments
-        What `fragment` made.
-    numbered
-        By side: what `number` made of them.
-    layouts
-        By side.
+    Each part's entries lie in its own partition, where sweeps find them. They are not sorted, which
+    would take another shuffle. Readers sort a part (`RatingBlock.from_pieces`), and a training's
+    workers keep it sorted (`local_parts`).
     """
     slots = [
         numbered[side]
@@ -272,7 +262,7 @@ def encode(
         .select("fragment", F.lit(side).alias("side"), "codes", "slots")
         for side in SIDES
     ]
-    # An alias is another column to Spark, which the two sides of a cogroup must not share.
+    # The two sides of a cogroup must not share a column: to Spark, an alias is another one.
     own = F.col("fragment").alias("fragment")
     return (
         fragments.select(own, "values", "user_codes", "item_codes")
@@ -284,7 +274,7 @@ def encode(
 
 
 def entries_of(entries: DataFrame, side: str) -> DataFrame:
-    """The parts of one side (`PART_SCHEMA`), placed as they are."""
+    """The parts of one side (`PART_SCHEMA`), left in their partitions."""
     return entries.where(F.col("side") == side).drop("side")
 
 
@@ -320,12 +310,12 @@ def _joined(rows: Sequence[Mapping[str, Any]], name: str, dtype: type[np.generic
 def _entries_by_part(
     rows: np.ndarray, others: np.ndarray, values: np.ndarray, layout: SideLayout
 ) -> Iterator[dict]:
-    """Loose entries, in records of one part and at most `PIECE_RATINGS`."""
+    """Loose ratings as records of one part and at most `PIECE_RATINGS` each."""
     n_parts = layout.n_parts
     bounds = np.array([0, len(rows)])
     if n_parts > 1:
         part = (rows % n_parts).astype(np.uint16 if n_parts <= 65536 else np.uint32)
-        order = np.argsort(part, kind="stable")  # 16-bit keys: a radix sort
+        order = np.argsort(part, kind="stable")  # a radix sort, if keys have 16 bits
         rows, others, values = rows[order], others[order], values[order]
         bounds = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=n_parts))])
     for number in range(n_parts):
@@ -345,11 +335,11 @@ def _entries_by_part(
 CHUNK_SCHEMA = (
     "side string, block int, chunk int, slots binary, counts binary, others binary, values binary"
 )
-"""Rating chunks as they are stored; see `blocks.chunk_numbers`."""
+"""Rating chunks as the table `rating_blocks` stores them; see `blocks.chunk_numbers`."""
 
 
 def stored_chunks(parts: DataFrame, layout: SideLayout) -> DataFrame:
-    """The parts of one side cut into the chunks that later jobs read (`CHUNK_SCHEMA`)."""
+    """Cut the parts of one side into the chunks that later jobs read (`CHUNK_SCHEMA`)."""
     side, n_blocks = layout.side, layout.n_blocks
     kinds = {"side": pa.string(), "block": pa.int32(), "chunk": pa.int32()}
 

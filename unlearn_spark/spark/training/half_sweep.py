@@ -1,11 +1,11 @@
-"""A half-sweep on Spark: rating parts stay where they are, factor rows travel.
+"""Half-sweeps on Spark: Spark moves factor rows and leaves rating parts where they are.
 
     rating parts of one side ---+
                                 +-- cogroup by part --> new factor rows of that side
     factor rows of the other ---+
 
-The side with fewer rows is the *anchor*: its rows are the iterate that is accelerated, and while
-they are solved for, the residuals and the objective of the iterate come out for free.
+The side with fewer rows is the *anchor*. Its rows are the iterate y that is accelerated. Solving
+them also yields the residuals and the objective of the iterate.
 """
 
 from __future__ import annotations
@@ -44,41 +44,40 @@ STATE_SCHEMA = (
     "worst double, products binary, missing int"
 )
 """Rows of the anchor after a sweep. `history` is float32 (2h, n, rank): g and f = g - y of the
-newest sweep, then of the one before, and so on. The scalars stand in one of a part's rows, the
-others have 0: `quadratic` and `penalty` (see `objective_of`), `worst`, the largest residual of y,
-`products`, the part's share of the acceleration's matrix (else empty), and `missing`, the number of
-parts, this and the other side's, whose ratings were not found: then the other columns mean
-nothing."""
+newest sweep, then of the one before, and so on. One of a part's rows has its scalars, the others
+have 0 or nothing: `quadratic` and `penalty` (see `objective_of`); `worst`, the largest residual of
+y; `products`, the part's share of the acceleration's matrix; and `missing`, the number of parts of
+both sides whose ratings were not found. If there are any, the other columns mean nothing."""
 
 ITERATE_SCHEMA = f"{FACTOR_SCHEMA}, history binary"
-"""Rows of the anchor before a sweep: y, and as `history` float32 (1 + 2h, n, rank) y again with the
-(g, f) pairs that stay."""
+"""Rows of the anchor before a sweep: y as `factors`, and as `history` float32 (1 + 2h, n, rank), y
+again and the (g, f) pairs that are kept."""
 
 ROW_SCHEMA = (
     "slot int, n_ratings int, chunk int, gradient_norm double, b_norm double, "
     "factor_norm double, factors array<float>"
 )
-"""Finished factor rows with the evidence about them."""
+"""Finished factor rows with the norms of their equations."""
 
 
 SENT = PartReader()
-"""Ratings come along, and are not kept."""
+"""Reads ratings that Spark sends, and does not keep them."""
 
 
 def deliver(
     to: SideLayout, other: DataFrame, own: DataFrame | None = None, stack: str = "factors"
 ) -> DataFrame:
-    """Messages for every part of a side, placed as its rating parts are.
+    """Messages of factors to every part of a side, in the partitions of its rating parts.
 
     Parameters
     ----------
     other
-        Factor parts (`FACTOR_SCHEMA`, more columns are left out) of the other side; each goes to
+        Factor parts (`FACTOR_SCHEMA`; other columns are dropped) of the other side; each goes to
         every part.
     own
-        Rows with part, slots and factors of the side itself; each goes to its own part.
+        Rows of the side itself (part, slots and the column `stack`); each goes to its own part.
     stack
-        The column of `own` that is sent as its factors.
+        The column of `own` that is sent as `factors`.
     """
     keys = F.array(*map(F.lit, to.keys))
     every = F.explode(keys).alias("key")
@@ -106,7 +105,7 @@ def solve_side(
     other_slots: int,
     reader: PartReader = SENT,
 ) -> DataFrame:
-    """New factors (`FACTOR_SCHEMA`) of one side from the factors of the other."""
+    """Solve the rows of one side (`FACTOR_SCHEMA`) with the other side fixed."""
 
     def solve(left: pa.Table, right: pa.Table) -> pa.Table:
         if not left.num_rows:
@@ -136,10 +135,9 @@ def sweep_anchor(
     floor: float,
     reader: PartReader = SENT,
 ) -> DataFrame:
-    """The anchor's next state (`STATE_SCHEMA`) from its iterate and the other side's factors.
+    """The anchor's next state (`STATE_SCHEMA`), from its iterate and the other side's factors.
 
-    `iterate` is what `next_iterate` made: y and the history that stays, stacked. `floor` is the
-    anchor's (`floor_of`).
+    `iterate` has part, slots and history of `ITERATE_SCHEMA`. `floor` is the anchor's (`floor_of`).
     """
     messages = deliver(layout, other, iterate, stack="history")
 
@@ -161,7 +159,7 @@ def sweep_anchor(
 def state_rows(
     part: int, slots: NDArray[np.int32], found: AnchorSweep, missing: int
 ) -> Iterator[dict[str, Any]]:
-    """The rows of `STATE_SCHEMA` that carry a part's state."""
+    """A part's state as rows of `STATE_SCHEMA`."""
     scalars = {
         "quadratic": found.quadratic,
         "penalty": found.penalty,
@@ -180,14 +178,14 @@ def state_rows(
 
 
 def missing_state(part: int) -> dict[str, Any]:
-    """A row of `STATE_SCHEMA` for a part without its ratings."""
+    """A row of `STATE_SCHEMA` that reports a part's ratings as missing."""
     nothing = AnchorSweep(np.zeros((1, 0, 1), np.float32), 0.0, 0.0, 0.0, np.zeros(0))
     return next(state_rows(part, np.zeros(0, np.int32), nothing, 1))
 
 
 def objective_of(scalars: Sequence[Row]) -> float:
-    """The objective of an iterate from the columns quadratic and penalty of its `STATE_SCHEMA`:
-    every part has its own share of the first, and all of the second."""
+    """The objective of an iterate, from its `STATE_SCHEMA`: the sum of the parts' quadratic and the
+    penalty, which every part has as a whole."""
     return math.fsum(row["quadratic"] for row in scalars) + max(row["penalty"] for row in scalars)
 
 
@@ -205,9 +203,9 @@ def next_iterate(
     weights
         One for each stored g, newest first; they add up to 1.
     keep
-        How many (g, f) pairs stay in the history.
+        The number of (g, f) pairs to keep in the history.
     drop_newest
-        Leave the newest pair out before that: its iterate was rejected.
+        Drop the newest pair first, because its iterate was rejected.
     """
     rank, nonnegative = solver.rank, solver.objective.nonnegative
 
@@ -223,7 +221,7 @@ def next_iterate(
 def iterate_rows(
     solver: Solver, part: int, slots: NDArray[np.int32], stack: NDArray[np.float32]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `ITERATE_SCHEMA` from y and its history, float32 (1 + 2h, n, rank)."""
+    """Rows of `ITERATE_SCHEMA` from a stack of y and its history, float32 (1 + 2h, n, rank)."""
     for own, piece in cut_stack(slots, stack):
         row = solver.factor_row(part, own, piece[0], 0.0)
         yield {**row, "history": raw(piece, np.float32)}
@@ -243,9 +241,9 @@ def finish_side(
     other_slots: int,
     reader: PartReader = SENT,
 ) -> DataFrame:
-    """One row per user or item (`ROW_SCHEMA`), its residual recomputed in float64.
+    """Turn factor parts into a row per user or item (`ROW_SCHEMA`), with norms in float64.
 
-    There are no rows of a part whose ratings the reader does not find.
+    A part is left out if the reader does not find its ratings.
     """
     messages = deliver(layout, other, own)
 
@@ -285,7 +283,7 @@ def finish_side(
 def map_rows(
     frame: DataFrame, function: Callable[[dict[str, Any]], Iterable[dict[str, Any]]], schema: str
 ) -> DataFrame:
-    """Apply a function that yields rows to every (large, binary) row."""
+    """Apply a function from one row to several rows to every row of a frame of large binaries."""
 
     def apply(batches: Any) -> Any:
         for batch in batches:

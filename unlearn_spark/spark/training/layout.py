@@ -1,4 +1,4 @@
-"""How the rows of a side are cut and placed."""
+"""How the rows of a side are cut into blocks and parts, and in which partitions the parts lie."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from unlearn_spark.spark.placement import balanced_keys
 
 @dataclass(frozen=True)
 class SideLayout:
-    """How the rows of one side are cut.
+    """How the rows of one side are cut and placed.
 
     Attributes
     ----------
-    side
-        "user" or "item".
     n_rows
-        Rows with at least one rating.
+        The number of rows, each with at least one rating.
     n_blocks
-        Storage blocks; `block = pmod(xxhash64(id), n_blocks)`.
+        The number of storage blocks; `block = pmod(xxhash64(id), n_blocks)`.
     n_parts
-        Tasks; divides `n_blocks`.
+        The number of parts, each for one task; divides `n_blocks`.
     n_slots
-        Slots run from 0 to this, exclusive; some stay empty.
+        Slots are below this; some stay empty.
     first_place, n_places
-        The parts lie in the partitions from `first_place` on, of so many in all: one exchange
-        may place the parts of both sides.
+        The side's parts lie in the partitions from `first_place` on. `n_places` is the number of
+        all partitions, which may be those of both sides.
     """
 
     side: str
@@ -38,6 +36,6 @@ class SideLayout:
 
     @property
     def keys(self) -> tuple[int, ...]:
-        """The grouping key of each part; Spark hashes these to one partition each."""
+        """The grouping key of each part; Spark hashes each to a partition of its own."""
         places = balanced_keys(self.n_places)
         return places[self.first_place : self.first_place + self.n_parts]

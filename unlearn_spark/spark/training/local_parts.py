@@ -1,14 +1,13 @@
-"""Rating parts in files beside the workers, so that the ratings reach Python once in a training.
+"""Keeps rating parts in files beside the workers, so that a training sends them to Python once.
 
-Taking a part out of Spark's cache, through Arrow and a pipe into a worker, is about a tenth of a
-sweep, and a training would do it in every sweep. So `keep` leaves
-each part, sorted, in a memory-mapped file, which every worker of the machine shares. Sweeps send
-factors alone, to where Spark has the part in its cache, which is where the file is; a part that is
-not there after all (an executor was lost, a disk was full) is reported as missing, and the driver
-sends it to the workers, which keep it again.
+To send a part from Spark's cache to a worker in every sweep would be slow. So `keep` writes each
+part, sorted, to a memory-mapped file on the machine whose cache has the part. Spark schedules the
+part's tasks there, and sweeps send them only factors. If a task does not find the file (an executor
+was lost, a disk was full), it reports the part as missing. The driver then repeats the sweep and
+sends the ratings, which the workers keep again.
 
-The files lie in the directory that Spark makes for an application's files on every node, and
-removes at its end, as it does with its own shuffle files. `drop` removes them earlier.
+The files lie in the application's directory that Spark makes on every node and removes at the end.
+`drop` removes them earlier.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class PartReader:
     side
         "user" or "item".
     sent
-        The ratings come with the factors, and are kept; else they are looked for where `keep` or an
-        earlier sweep has left them.
+        Whether Spark sends the ratings, which are then kept. Otherwise `read` looks for the file
+        that `keep` or an earlier sweep wrote.
     """
 
     token: str | None = None
@@ -54,12 +53,12 @@ class PartReader:
     sent: bool = True
 
     def read(self, pieces: pa.Table) -> tuple[int, RatingBlock | None]:
-        """A part's number and its ratings, None where they are missing; runs in a worker.
+        """A part's number and its ratings, or None if they are missing; runs in a worker.
 
         Parameters
         ----------
         pieces
-            The part's rows (`PART_SCHEMA`); if it was not sent, key and part of them.
+            The part's rows (`PART_SCHEMA`); only key and part if the ratings were not sent.
         """
         if self.sent:
             number, block = part_of(pieces)
@@ -69,11 +68,11 @@ class PartReader:
         try:
             with pa.memory_map(str(self._path(number))) as source:
                 return part_of(pa.ipc.open_file(source).read_all())
-        except OSError:  # above all FileNotFoundError
+        except OSError:  # mostly FileNotFoundError
             return number, None
 
     def keep(self, number: int, block: RatingBlock) -> None:
-        """Leave a part where `read` looks for it; runs in a worker."""
+        """Write a part to the file that `read` looks for; runs in a worker."""
         if self.token is None:
             return
         path = self._path(number)
@@ -83,8 +82,8 @@ class PartReader:
             path.parent.mkdir(parents=True, exist_ok=True)
             with pa.OSFile(str(mine), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
-            mine.replace(path)  # whole or not at all: another attempt may write the same part
-        except OSError:  # the part will be missing, which the driver hears and answers
+            mine.replace(path)  # atomic, because another attempt may write the same part
+        except OSError:  # `read` reports the part as missing, and the driver sends it
             with suppress(OSError):
                 mine.unlink()
 
@@ -98,31 +97,25 @@ def _directory(token: str) -> Path:
 
 
 def keep(entries: DataFrame, token: str | None, objective: Objective) -> dict[str, float]:
-    """Leave the parts of both sides on the machines on which Spark has them in its cache, and
-    measure what their residuals are relative to at least.
-
-    A pass over the partitions of the cache; to group them by part, Spark would sort the ratings in
-    the JVM, which took more memory there than all else.
+    """Write the parts of both sides to files on the machines that have them in Spark's cache, and
+    return each side's floor (`floor_of`).
 
     Parameters
     ----------
     entries
-        What `encoding.encode` made, cached.
+        The result of `encoding.encode`, cached.
     token
-        Names the training; None: parts are measured alone.
-
-    Returns
-    -------
-    dict
-        By side `floor_of` its rows.
+        Names the training; None: write no files.
     """
+
+    # By partition of the cache: a grouping by part would sort the ratings in the JVM.
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         pieces = defaultdict(list)
         for batch in batches:
             for row in arrays_of(batch):
                 pieces[row["side"], row["part"]].append(row)
-        while pieces:  # of a partition, mostly one part
+        while pieces:  # mostly one part per partition
             (side, part), rows = pieces.popitem()
             block = RatingBlock.from_pieces(rows)
             PartReader(token, side).keep(part, block)
@@ -142,12 +135,9 @@ def keep(entries: DataFrame, token: str | None, objective: Objective) -> dict[st
 
 
 def drop(parts: Sequence[DataFrame], token: str) -> None:
-    """Remove the files of a training from the machines on which its parts are cached.
+    """Remove the files of a training from the machines that have its parts in Spark's cache.
 
-    Parameters
-    ----------
-    parts
-        Column `key` of the parts of both sides.
+    `parts` has the column `key` of each side's parts.
     """
 
     def remove(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:

@@ -1,8 +1,8 @@
-"""Many sweeps in one task, where all ratings fit one part.
+"""Runs many sweeps in one task if all ratings fit one part.
 
-A sweep of a million ratings takes a fraction of a second, and handing it to Spark takes longer. So
-small data sets are swept in bursts: one task takes both sides' ratings and sweeps for some seconds,
-then reports. The arithmetic is that of `sweep`, and so are the results.
+Spark takes longer to start a sweep of few ratings than the sweep takes. So one task reads the
+ratings of both sides, sweeps for some seconds (a burst), and reports; then the next burst starts.
+The arithmetic and the results are those of `half_sweep`.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
     from unlearn_spark.spark.training.layout import SideLayout
 
 BURST_SECONDS = 2.0
-"""Between two reports of progress."""
+"""How long a burst lasts: the time between two reports of progress."""
 
 BURST_SCHEMA = (
     "part int, slots binary, history binary, other_slots binary, others binary, "
     "accelerator binary, reports binary, state int"
 )
-"""`history` is the next stack of the anchor, `others` the other side's rows that were solved for
-the last y, `reports` float64 (n, 3): objective, largest residual and seconds of each sweep."""
+"""A burst's result. `history` is the anchor's `Burst.stack`, `others` are the other side's rows,
+`reports` is float64 (n, 3), and `accelerator` is a pickled `Accelerator`."""
 
 GOING_ON, CONVERGED, CAPPED = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop: sweeps left, residual and the anchor's floor of it (`floor_of`), and
-    seconds of a burst."""
+    """When a burst ends: the number of sweeps left, the largest residual that counts as converged,
+    the anchor's floor (`floor_of`), and the burst's seconds."""
 
     sweeps: int
     tol: float
@@ -60,10 +60,11 @@ class Burst:
     Attributes
     ----------
     stack : float32 (1 + 2h, n, rank)
-        The anchor's y and its history; when the state is not `GOING_ON`, y is the answer.
+        The anchor's y and its history. Unless the state is `GOING_ON`, y is the result.
     others : float32 (m, rank)
-        The other side, solved for the y before.
+        The other side, solved from the last sweep's y.
     reports : list of (objective, largest residual, seconds)
+        One for each sweep.
     state
         `GOING_ON`, `CONVERGED` or `CAPPED`.
     """
@@ -83,12 +84,12 @@ def sweep_in_memory(
     accelerator: Accelerator,
     limits: Limits,
 ) -> Burst:
-    """Sweep until a limit; NumPy alone.
+    """Sweep until a limit is reached; uses no Spark, and changes the accelerator in place.
 
     Parameters
     ----------
     anchor, other
-        All ratings, by the rows of either side.
+        All ratings, by rows of the anchor and by rows of the other side.
     n_slots
         Of the anchor and of the other side.
     stack
@@ -149,16 +150,16 @@ def burst(
     accelerator: Accelerator,
     limits: Limits,
 ) -> DataFrame:
-    """One burst on Spark (`BURST_SCHEMA`, one row).
+    """Run one burst on Spark; its result is one row (`BURST_SCHEMA`).
 
     Parameters
     ----------
     parts, layouts
         Of the anchor and of the other side; one part each.
     state
-        The first iterate (part, slots, history), or the burst before.
+        The first iterate (part, slots, history), or the result of the burst before.
     accelerator
-        As it is at the start of a training; later bursts carry their own.
+        That of the first burst; later bursts take it from `state`.
     """
     key = layouts[0].keys[0]
     n_slots = (layouts[0].n_slots, layouts[1].n_slots)
@@ -173,7 +174,7 @@ def burst(
             side: RatingBlock.from_pieces([row for row in pieces if row["anchor"] == side])
             for side in (True, False)
         }
-        rows = arrays_of(right)  # several for the first iterate, whose rows come in messages
+        rows = arrays_of(right)  # several only for the first iterate
         row = rows[0]
         anchor, other = blocks[True], blocks[False]
         stack = joined_stack(rows, solver.rank, "history")

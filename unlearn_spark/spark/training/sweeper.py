@@ -1,4 +1,4 @@
-"""Sweeps over encoded ratings until every row solves its equations."""
+"""Sweeps over encoded ratings until every row solves its equations to tolerance."""
 
 from __future__ import annotations
 
@@ -40,16 +40,15 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row
 
 MOST_MISSED = 3
-"""Sweeps that did not find their ratings where they had been sent; after these they are always
-sent."""
+"""After so many sweeps that did not find kept ratings, the ratings are sent with every sweep."""
 
 
 def start_iterate(
     encoded: Encoded, settings: AlsSettings, warm: DataFrame | None = None
 ) -> DataFrame:
-    """The anchor's first iterate (`ITERATE_SCHEMA`): the factors of `warm` (id, factors).
+    """The anchor's first iterate (`ITERATE_SCHEMA`), from the factors `warm` (id, factors).
 
-    Rows that it does not have start where a fresh training starts them: by (seed, side, id).
+    Rows that `warm` lacks start as in a fresh training, by (seed, side, id).
     """
     side, solver = encoded.anchor, solver_of(settings)
     layout = encoded.layouts[side]
@@ -72,8 +71,8 @@ def start_iterate(
 
 
 def starting_rows(table: pa.Table, settings: AlsSettings, side: str) -> NDArray[np.float32]:
-    """float32 (n, rank): the `factors` of a table where it has them, else those that a fresh
-    training starts from, by its column `hash`."""
+    """Starting factors, float32 (n, rank): the table's `factors`; where these are null, those of a
+    fresh training, from its column `hash`."""
     y = initial_factors(
         table["hash"].to_numpy(), settings.rank, settings.seed, side, settings.nonnegative
     )
@@ -85,7 +84,7 @@ def starting_rows(table: pa.Table, settings: AlsSettings, side: str) -> NDArray[
 
 @dataclass
 class Sweeper:
-    """Runs sweeps over encoded ratings; the driver sees a few numbers per part and sweep."""
+    """Runs sweeps over encoded ratings; only a few numbers per part and sweep reach the driver."""
 
     encoded: Encoded
     settings: AlsSettings
@@ -102,6 +101,7 @@ class Sweeper:
         anchor, other : DataFrame
             Factor parts (`FACTOR_SCHEMA`) of the two sides, cached until `release`.
         converged : bool
+            Whether the largest residual reached the tolerance.
         """
         run = self._run_in_bursts if self.encoded.fits_one_task else self._run_in_jobs
         with session_conf(iterate.sparkSession, LARGE_ROWS):
@@ -128,17 +128,17 @@ class Sweeper:
                 return factors_of(iterate), other, True
             step = accelerator.step(objective, worst, products.reshape(size, size))
             if number == self.settings.max_sweeps:
-                # The cap: the newest plain half-sweep is the better of the two anchors.
+                # At the cap, g of the newest sweep is better than its y.
                 plain = [1.0] + [0.0] * (size - 1)
                 return factors_of(next_iterate(solver, state, plain, 0)), other, False
-            for frame in before:  # what the next iterate stands on is computed
+            for frame in before:  # the next iterate does not read these
                 frame.unpersist()
             iterate = next_iterate(solver, state, step.weights, step.keep, step.drop_newest)
         raise AssertionError("max_sweeps is at least 1")
 
     def _sweep(self, iterate: DataFrame, sent: bool) -> tuple[DataFrame, DataFrame, list[Row]]:
-        """The other side, the anchor's state, and the scalars of that; the ratings are sent along
-        or looked for where they were sent before."""
+        """Run a sweep: the other side's factors, the anchor's state, and the state's scalars;
+        `sent` is that of `Encoded.ratings_of`."""
         encoded, solver, side = self.encoded, solver_of(self.settings), self.encoded.anchor
         layouts, against = encoded.layouts, other_side(side)
         parts, reader = encoded.ratings_of(against, sent)
@@ -161,7 +161,7 @@ class Sweeper:
         return other, state, state.drop("slots", "history").collect()
 
     def _run_in_bursts(self, iterate: DataFrame) -> tuple[DataFrame, DataFrame, bool]:
-        """The same for ratings that fit one task, without a Spark job for every sweep."""
+        """Like `_run_in_jobs`, for ratings that fit one task: a Spark job runs several sweeps."""
         encoded, solver = self.encoded, solver_of(self.settings)
         sides = (encoded.anchor, other_side(encoded.anchor))
         parts = (encoded.parts[sides[0]], encoded.parts[sides[1]])
@@ -186,13 +186,13 @@ class Sweeper:
                 return anchor, other, row["state"] == CONVERGED
 
     def finish(self, anchor: DataFrame, other: DataFrame) -> dict[str, DataFrame]:
-        """What `run` returned, as rows (`finish_rows`)."""
+        """Turn the factor parts that `run` returned into rows (`finish_rows`)."""
         encoded = self.encoded
         factors = {encoded.anchor: anchor, other_side(encoded.anchor): other}
         return finish_rows(encoded, self.settings, factors)
 
     def release(self) -> None:
-        """Drop the caches that the results stand on."""
+        """Drop the caches of the results."""
         for frame in self.held:
             frame.unpersist()
 
@@ -213,12 +213,9 @@ class Sweeper:
 def finish_rows(
     encoded: Encoded, settings: AlsSettings, factors: dict[str, DataFrame], sent: bool = False
 ) -> dict[str, DataFrame]:
-    """Factor parts of both sides as rows with ids, residuals recomputed in float64; cached.
+    """Turn factor parts into rows with ids (`ROW_SCHEMA`, id, block), by side and cached.
 
-    Parameters
-    ----------
-    sent
-        Send the ratings; else they are looked for where they are kept, and sent if any are missing.
+    Unless the ratings are `sent`, workers look for kept ones; if any is missing, all are sent.
     """
     solver = solver_of(settings)
     rows = {}
@@ -235,7 +232,7 @@ def finish_rows(
         )
         names = encoded.dictionaries[side].select("slot", "id", "block")
         rows[side] = scanned.join(names, "slot").persist()
-    if not (sent or encoded.fits_one_task):  # all found?
+    if not (sent or encoded.fits_one_task):  # workers may have missed ratings
         found = aggregates_of(rows, F.count(F.lit(1)))
         if any(found[side][0] != encoded.layouts[side].n_rows for side in SIDES):
             for frame in rows.values():

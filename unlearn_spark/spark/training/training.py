@@ -1,4 +1,4 @@
-"""Fitting: encode once, then sweep until every row solves its own equations to tolerance."""
+"""Fits a model: encode the ratings once, then sweep until every row solves its equations."""
 
 from __future__ import annotations
 
@@ -27,17 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FitResult:
-    """A fitted model, still in the session.
+    """A fitted model that is not published yet.
 
     Attributes
     ----------
     rows
         By side, cached: id, block, slot, n_ratings, chunk, gradient_norm, b_norm, factor_norm,
-        factors; the norms are those of a final scan in float64.
+        factors. The norms come from a final scan in float64.
     encoded
-        The ratings that the model solves.
-    summary
-        Figures of the training.
+        The ratings that the model is fitted to.
     """
 
     rows: dict[str, DataFrame]
@@ -92,7 +90,7 @@ def fit_factors(
     warm_start
         User and item factors (id, factors) of an earlier model.
     floors
-        By side what residuals are relative to at least; None: as these ratings ask for.
+        By side: the least denominator of its residuals; None: measure it on these ratings.
     on_sweep
         Called after every sweep.
 
@@ -135,7 +133,7 @@ def fit_factors(
 
 
 def with_bounds(rows: dict[str, DataFrame], floors: dict[str, float]) -> dict[str, DataFrame]:
-    """The rows of both sides, which have gradient_norm and b_norm, with their residual `bound`."""
+    """Add the relative residual `bound` to the rows of both sides (gradient_norm, b_norm)."""
     return {
         side: frame.withColumn("bound", bound_expression(F.lit(floors[side])))
         for side, frame in rows.items()
@@ -143,7 +141,7 @@ def with_bounds(rows: dict[str, DataFrame], floors: dict[str, float]) -> dict[st
 
 
 def largest_residual(rows: dict[str, DataFrame], floors: dict[str, float]) -> float:
-    """The largest over the rows of both sides, which have gradient_norm and b_norm."""
+    """The largest relative residual over the rows of both sides (gradient_norm, b_norm)."""
     bounded = with_bounds(rows, floors)
     found = aggregates_of(bounded, F.coalesce(F.max("bound"), F.lit(0.0)))
     return float(np.max([found[side][0] for side in SIDES]))  # NaN wins, as in Spark
