@@ -29,6 +29,7 @@ from pyspark.sql import types as T
 from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.preconditions import for_spark, is_remote
 from unlearn_spark.tables.session_conf import session_conf
+from unlearn_spark.tables.sql import quoted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -561,11 +562,6 @@ def _from_table(rows: DataFrame, path: str, columns: Mapping[str, str]) -> RawRa
         *[value.alias(part) for part, value in {**ids, **texts}.items()],
     )
     return RawRatings(_judged(named), path, text_ids=False)
-
-
-def quoted(name: str) -> str:
-    """A column's name as Spark parses it."""
-    return "`" + name.replace("`", "``") + "`"
 
 
 def _locate(names: list[str], columns: Mapping[str, str], path: str) -> dict[str, int]:

@@ -16,6 +16,7 @@ from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.ingestion import formats
 from unlearn_spark.tables import quarantine, tombstones
 from unlearn_spark.tables.requests import SCOPES, typed_id
+from unlearn_spark.tables.sql import quoted
 from unlearn_spark.tables.store import Store
 from unlearn_spark.tables.tombstones import TEXTS, TIMES
 
@@ -216,9 +217,7 @@ def _from_table(rows: DataFrame, path: str) -> DataFrame:
     nothing = F.lit(None).cast("string")
     given = rows.select(
         *[
-            (F.col(formats.quoted(rows.columns[where[name]])) if name in where else nothing).alias(
-                name
-            )
+            (F.col(quoted(rows.columns[where[name]])) if name in where else nothing).alias(name)
             for name in _COLUMNS
         ]
     )

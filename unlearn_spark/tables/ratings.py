@@ -18,7 +18,7 @@ from pyspark.sql import types as T
 from unlearn_spark.errors import ConflictError, InputError
 from unlearn_spark.tables import receipts, requests, tombstones
 from unlearn_spark.tables.session_conf import session_conf
-from unlearn_spark.tables.sql import one_of
+from unlearn_spark.tables.sql import block_of, one_of
 from unlearn_spark.tables.store import Store, TableSpec, outdated
 
 if TYPE_CHECKING:
@@ -213,15 +213,15 @@ def delete(store: Store, pairs: DataFrame, version: int) -> int:
         There are pairs, and `version` is not the newest version or another job commits meanwhile.
     """
     keyed = pairs.select("user_id", "item_id").distinct()
-    block = _hashes(F.col("user_id"), user_blocks(store))[0]
+    block = block_of("user_id", user_blocks(store)).alias("user_block")
     keyed = keyed.select(block, "user_id", "item_id").persist()
     try:
         counts = keyed.groupBy("user_block").count().collect()
         for blocks in _batches({row["user_block"]: row["count"] for row in counts}):
-            found = keyed.where(one_of("user_block", blocks)).toArrow()
+            condition = one_of("user_block", blocks)
+            found = keyed.where(condition).toArrow()
             among = _among(found.column("user_id"), found.column("item_id"))
             _checked(store, version)
-            condition = one_of("user_block", blocks)
             store.delete(TABLE, condition, ("user_id", "item_id"), among)
             version = _checked(store, version, version + 1)
     finally:
@@ -446,9 +446,8 @@ def _choose_blocks(n_ratings: int) -> int:
 
 def _hashes(user_id: Column, n_blocks: int) -> list[Column]:
     """user_block and user_key, from independent parts of the hash of the id in its stored type."""
-    hashed = F.xxhash64(user_id)
-    block = F.pmod(hashed, F.lit(n_blocks)).cast("int")
-    within = F.pmod(F.shiftright(hashed, 32), F.lit(USER_KEYS)).cast("int")
+    block = block_of(user_id, n_blocks)
+    within = F.pmod(F.shiftright(F.xxhash64(user_id), 32), F.lit(USER_KEYS)).cast("int")
     return [block.alias("user_block"), (block * USER_KEYS + within).alias("user_key")]
 
 

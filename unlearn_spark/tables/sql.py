@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pyspark.sql import functions as F
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pyspark.sql import Column
 
 
-def block_of(id: str, n_blocks: int) -> Column:
+def block_of(id: str | Column, n_blocks: int) -> Column:
     """The storage block of an id column, which must have the type that ids are stored in."""
     return F.pmod(F.xxhash64(id), F.lit(n_blocks)).cast("int")
 
@@ -30,13 +30,6 @@ def one_of(column: str, numbers: Iterable[int]) -> str:
 def in_blocks(numbers: Iterable[int]) -> str:
     """SQL for: the row is in one of these blocks."""
     return one_of("block", numbers)
-
-
-def in_blocks_of_sides(blocks: Mapping[str, Iterable[int]]) -> str:
-    """SQL for: the row is in one of the blocks given for its `side`."""
-    return " OR ".join(
-        f"(side = '{side}' AND {in_blocks(numbers)})" for side, numbers in blocks.items()
-    )
 
 
 def bound_expression(floor: Column) -> Column:
