@@ -205,6 +205,14 @@ def places_in(
     return places[here], here
 
 
+def places_among(slots: NDArray[np.int32], known: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The positions of slots in `known` (ascending). Raises ValueError if one is not there."""
+    places, here = places_in(slots, known)
+    if not here.all():
+        raise ValueError("a rating names a row without factors; the rating blocks are damaged")
+    return places
+
+
 def pair_keys(rows: NDArray[np.int32], others: NDArray[np.int32]) -> NDArray[np.int64]:
     """One int64 for each (row slot, other slot) pair."""
     return (np.asarray(rows, np.int64) << 32) | np.asarray(others, np.int64)

@@ -10,6 +10,7 @@ A lower bound of |b| minus the norm of the change of b is a lower bound again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numba import njit
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from unlearn_spark.core.objective import Objective
+from unlearn_spark.core.threads import shared_out
 
 SLICE = 200_000
 """Ratings whose products are formed at a time, which bounds the memory that they take."""
@@ -101,6 +103,7 @@ def moved_norms(
     after: NDArray[np.float32],
     before: NDArray[np.float32],
     objective: Objective,
+    threads: int = 1,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How far the equations of the neighbours change when rows move from `before` to `after`.
 
@@ -115,6 +118,8 @@ def moved_norms(
         The neighbours, which do not move.
     after, before : float32 (n, rank)
         The rows that moved.
+    threads
+        Threads that share the neighbours; results do not depend on it.
 
     Returns
     -------
@@ -126,30 +131,41 @@ def moved_norms(
     if confidence is None:
         confidence = np.ones(len(ratings))
     # By neighbour, because row by row each rating would touch sums that are not in the cache.
-    by_row = sparse.csr_array((np.arange(len(ratings)), others, indptr), (len(after), len(y)))
+    entries = np.arange(len(ratings), dtype=np.int32)
+    by_row = sparse.csr_array((entries, others, indptr), (len(after), len(y)))
     by_neighbour = by_row.tocsc()
     gradient, b = np.zeros(len(y)), np.zeros(len(y))
-    _norms_of_moves(
-        by_neighbour.indptr,
-        by_neighbour.indices,
-        by_neighbour.data,
-        confidence,
-        in_b,
-        np.ascontiguousarray(y, np.float32),
-        np.ascontiguousarray(after, np.float32),
-        np.ascontiguousarray(before, np.float32),
-        gradient,
-        b,
-    )
+    shares = np.linspace(0, len(ratings), max(1, len(ratings) // SLICE) + 1)
+    cuts = np.searchsorted(by_neighbour.indptr, shares).tolist()
+    cuts[-1] = len(y)
+
+    def fill(run: tuple[int, int]) -> None:
+        _norms_of_moves(
+            *run,
+            by_neighbour.indptr,
+            by_neighbour.indices,
+            by_neighbour.data,
+            confidence,
+            in_b,
+            np.ascontiguousarray(y, np.float32),
+            np.ascontiguousarray(after, np.float32),
+            np.ascontiguousarray(before, np.float32),
+            gradient,
+            b,
+        )
+
+    shared_out(fill, list(pairwise(cuts)), threads)
     slack = 1 + ROUNDING
     return gradient * slack, b * slack
 
 
-@njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
-def _norms_of_moves(starts, rows, entries, confidence, in_b, y, after, before, gradient, b):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+def _norms_of_moves(  # type: ignore[no-untyped-def]
+    first, last, starts, rows, entries, confidence, in_b, y, after, before, gradient, b
+):
     rank = y.shape[1]
     mine, in_gradient, in_side = np.empty(rank), np.empty(rank), np.empty(rank)
-    for other in range(len(starts) - 1):
+    for other in range(first, last):
         if starts[other] == starts[other + 1]:
             continue
         for k in range(rank):

@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.core.blocks import RatingBlock, concatenate, places_in, raw
-from unlearn_spark.core.objective import relative_residual
+from unlearn_spark.core.blocks import (
+    RatingBlock,
+    concatenate,
+    places_among,
+    places_in,
+    raw,
+)
+from unlearn_spark.core.bounds import rating_terms
+from unlearn_spark.core.objective import Objective, relative_residual
 
 PAGE_ROWS = 100_000
 """Rows of both sides that one task handles, approximately."""
@@ -89,6 +96,64 @@ class RatingChanges:
         added = newest & (self.signs[order] > 0)
         extra = RatingBlock.from_entries(rows[added], others[added], values[added])
         return concatenate([block, extra]) if extra.n_ratings else block
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What decides which rows a round works on.
+
+    Attributes
+    ----------
+    n_blocks, floors
+        By side: its number of blocks, and the least denominator of its residuals (`floor_of`).
+    tau, mark
+        The largest residual that is promised, and the one down to which rows are solved.
+    """
+
+    n_blocks: Mapping[str, int]
+    tau: float
+    mark: float
+    floors: Mapping[str, float]
+
+    def chosen(self, page: Page, side: str, choice: str) -> NDArray[np.bool_]:
+        """A mask of the page's rows that a choice (`CHOICES`) selects."""
+        return page.chosen(choice, self.tau, self.mark, self.floors[side])
+
+    def summary(self, page: Page, side: str) -> Summary:
+        """The summary of a page of this side."""
+        return page.summary(self.n_blocks[side], self.tau, self.mark, self.floors[side])
+
+
+def changed_norms(
+    page: Page,
+    version: int,
+    mine: tuple[NDArray[np.int32], NDArray[np.float32]],
+    others: tuple[NDArray[np.int32], NDArray[np.float32]],
+    objective: Objective,
+) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
+    """Slots of the page's rows whose ratings a model version changes, and norms of the changes of
+    their gradient and b.
+
+    Parameters
+    ----------
+    mine, others
+        (slots, factors) of this side's rows and of the other side's, before any is solved.
+    """
+    news = page.changes.of(page.changes.order == version)
+    news = news.of(np.isin(news.rows, page.slots))
+    if not len(news):
+        return np.zeros(0, np.int32), np.zeros(0), np.zeros(0)
+    slots, rows = np.unique(news.rows, return_inverse=True)
+    y = mine[1][places_among(slots, mine[0])]
+    known, neighbours = np.unique(news.others, return_inverse=True)
+    x = others[1][places_among(known, others[0])]
+    added = news.signs > 0
+    change = [
+        rating_terms(rows[which], neighbours[which], news.values[which], y, x, objective)
+        for which in (added, ~added)
+    ]
+    gradient, b = (change[0] - change[1]).norms()
+    return slots, gradient, b
 
 
 NO_CHANGES = RatingChanges(

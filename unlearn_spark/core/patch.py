@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_spark.core.blocks import SIDES, RatingBlock, other_side, places_in, raw
+from unlearn_spark.core.blocks import SIDES, RatingBlock, other_side, places_among, raw
 from unlearn_spark.core.bounds import gram, moved_norms
-from unlearn_spark.core.kernel import row_residuals
 from unlearn_spark.core.objective import relative_residual
 from unlearn_spark.core.solver import OtherSide
 
@@ -179,14 +178,9 @@ class _Side:
     def look(self, other: _Side, keep: NDArray[np.bool_]) -> None:
         """Compute the residuals of the rows where `keep` is true."""
         part = self.ratings.rows(keep)
-        self.gradient_norm[keep], self.b_norm[keep] = row_residuals(
-            part.indptr,
-            part.others,
-            part.values,
-            other.factors,
-            self.factors[self.places[keep]],
-            self.solver.objective,
-            gram=other.gram,
+        seen = OtherSide(other.factors, other.gram, 0.0)
+        self.gradient_norm[keep], self.b_norm[keep] = self.solver.residuals(
+            part, seen, self.factors[self.places[keep]]
         )
         self.scanned_ratings += part.n_ratings
 
@@ -245,6 +239,7 @@ class _Side:
                 other.factors[places],
                 other.before[places],
                 self.solver.objective,
+                self.solver.threads,
             )
         outside = np.ones(len(self.known), np.bool_)
         outside[self.places] = False
@@ -264,11 +259,3 @@ class _Side:
             self.solved_ratings,
             self.scanned_ratings,
         )
-
-
-def places_among(slots: NDArray[np.int32], known: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The positions of slots in `known` (ascending). Raises ValueError if one is not there."""
-    places, here = places_in(slots, known)
-    if not here.all():
-        raise ValueError("a rating names a row without factors; the rating blocks are damaged")
-    return places

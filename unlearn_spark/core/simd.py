@@ -14,7 +14,7 @@ The loops that must keep their accumulators in registers (Gram tile, Cholesky ti
 LLVM vector code, because no auto-vectoriser finds them; the rest is plain numba. Rows that cannot
 be solved well here go back to `unlearn_spark.core.kernel`, which solves them in float64.
 
-Single thread: Spark runs one worker for each core.
+One thread a call: Spark runs a worker for each core, the embedded engine a call on each.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NORMAL, ZERO, UNSOLVED = 0, 1, 2
 
 # No `nnan` or `ninf`: an overflow must stay visible.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
-_jit = njit(cache=True, fastmath=_FASTMATH, error_model="numpy")
+_jit = njit(cache=True, nogil=True, fastmath=_FASTMATH, error_model="numpy")
 
 
 # --- vector code ----------------------------------------------------------------------------------

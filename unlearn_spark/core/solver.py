@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,8 +12,12 @@ from numpy.typing import NDArray
 
 from unlearn_spark.core.acceleration import curvature_weights, history_products, mix
 from unlearn_spark.core.blocks import RatingBlock, raw
-from unlearn_spark.core.kernel import solve_rows
+from unlearn_spark.core.kernel import RowSolution, row_residuals, solve_rows
 from unlearn_spark.core.objective import Objective, relative_residual
+from unlearn_spark.core.threads import shared_out
+
+RUN_RATINGS = 65_536
+"""Ratings of the rows that a thread takes at a time."""
 
 MESSAGE_BYTES = 131_072
 """Most bytes of factors in a message: for large objects the JVM's collector (G1) grows the heap."""
@@ -20,27 +25,71 @@ MESSAGE_BYTES = 131_072
 
 @dataclass(frozen=True)
 class Solver:
-    """The settings that a worker needs to solve rows; small and picklable."""
+    """The settings that a worker needs to solve rows; small and picklable.
+
+    Attributes
+    ----------
+    threads
+        Threads that share the rows of a call. Results do not depend on it, because rows are cut
+        into the same runs for any number.
+    """
 
     objective: Objective
     rank: int
     dtype: str
+    threads: int = 1
 
     def solve(
         self, ratings: RatingBlock, other: OtherSide, warm: NDArray[np.float32] | None
-    ) -> Any:
+    ) -> RowSolution:
         """`kernel.solve_rows` with this solver's settings."""
-        return solve_rows(
-            ratings.indptr,
-            ratings.others,
-            ratings.values,
-            other.dense,
-            self.objective,
-            gram=other.gram,
-            warm=warm,
-            active=None,
-            dtype=np.float64 if self.dtype == "float64" else np.float32,
+
+        def solved(run: tuple[int, int, RatingBlock]) -> RowSolution:
+            first, last, rows = run
+            return solve_rows(
+                rows.indptr,
+                rows.others,
+                rows.values,
+                other.dense,
+                self.objective,
+                gram=other.gram,
+                warm=None if warm is None else warm[first:last],
+                active=None,
+                dtype=np.float64 if self.dtype == "float64" else np.float32,
+            )
+
+        found = shared_out(solved, _runs(ratings), self.threads)
+        if len(found) == 1:
+            return found[0]
+        return RowSolution(
+            np.concatenate([part.factors for part in found]),
+            np.concatenate([part.gradient_norm for part in found]),
+            np.concatenate([part.b_norm for part in found]),
+            math.fsum(part.quadratic for part in found),
         )
+
+    def residuals(
+        self, ratings: RatingBlock, other: OtherSide, factors: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`kernel.row_residuals` of these rows: ||A x - b|| and ||b||, in float64."""
+
+        def scanned(
+            run: tuple[int, int, RatingBlock],
+        ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            first, last, rows = run
+            return row_residuals(
+                rows.indptr,
+                rows.others,
+                rows.values,
+                other.dense,
+                factors[first:last],
+                self.objective,
+                gram=other.gram,
+            )
+
+        found = shared_out(scanned, _runs(ratings), self.threads)
+        gradient, b = zip(*found, strict=True)
+        return np.concatenate(gradient), np.concatenate(b)
 
     def penalty(self, ratings: RatingBlock, factors: NDArray[np.float32]) -> float:
         """lambda * sum n |x|^2: the rows' penalty, which the other side's solves do not include."""
@@ -92,6 +141,15 @@ class Solver:
         """The message that reports a part without its ratings."""
         slots, factors = np.zeros(0, np.int32), np.zeros((0, self.rank), np.float32)
         return {**self.factor_row(part, slots, factors, 0.0), "missing": 1}
+
+
+def _runs(ratings: RatingBlock) -> list[tuple[int, int, RatingBlock]]:
+    """The rows in runs of about `RUN_RATINGS` ratings: first row, the row after the last, run."""
+    runs, first = [], 0
+    for rows in ratings.pieces(RUN_RATINGS):
+        runs.append((first, first + rows.n_rows, rows))
+        first += rows.n_rows
+    return runs
 
 
 def cut_stack(
@@ -186,16 +244,26 @@ def solve_anchor(
     seen: OtherSide,
     stack: NDArray[np.float32],
     floor: float,
+    constant: float | None = None,
 ) -> AnchorSweep:
-    """Solve the anchor's rows. `stack` float32 (1 + 2h, n, rank) is y and the earlier history;
-    `floor` is the least denominator of the anchor's residuals (`floor_of`)."""
+    """Solve the anchor's rows.
+
+    Parameters
+    ----------
+    stack : float32 (1 + 2h, n, rank)
+        y and the earlier history.
+    floor
+        The least denominator of the anchor's residuals (`floor_of`).
+    constant
+        `Solver.constant` of the ratings, if known.
+    """
     y, past = stack[0], stack[1:]
     solved = solver.solve(ratings, seen, y)
     history = np.concatenate([solved.factors[None], (solved.factors - y)[None], past])
     worst = relative_residual(solved.gradient_norm, solved.b_norm, floor)
     return AnchorSweep(
         history,
-        solver.constant(ratings) + solved.quadratic,
+        (solver.constant(ratings) if constant is None else constant) + solved.quadratic,
         seen.penalty,
         float(worst.max(initial=0.0)),
         history_products(list(history[1::2]), curvature_weights(solved.gradient_norm, history[1])),
@@ -239,9 +307,9 @@ class FitSettings(Protocol):
     def dtype(self) -> str: ...
 
 
-def solver_of(settings: FitSettings) -> Solver:
+def solver_of(settings: FitSettings, threads: int = 1) -> Solver:
     """The solver that these settings ask for."""
     objective = Objective(
         settings.reg_param, settings.implicit_prefs, settings.alpha, settings.nonnegative
     )
-    return Solver(objective, settings.rank, settings.dtype)
+    return Solver(objective, settings.rank, settings.dtype, threads)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+Progress = Callable[[str], None]
+"""Takes lines that say how far a job is."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,19 @@ class SweepReport:
             f"max residual {self.max_residual:.2e}  {self.seconds:.1f} s"
         )
         return text if self.eta is None else f"{text}  about {self.eta:.0f} s to go"
+
+
+def next_report(
+    earlier: Sequence[SweepReport], objective: float, worst: float, seconds: float, tol: float
+) -> SweepReport:
+    """The report of the sweep after the `earlier` ones, with its estimate of the time to `tol`."""
+    number, eta = len(earlier) + 1, None
+    larger = [report for report in earlier[-5:] if report.max_residual > worst > 0]
+    if larger:
+        first = larger[0]
+        decay = math.log(first.max_residual / worst) / (number - first.sweep)
+        eta = max(0.0, math.log(worst / tol) / decay) * seconds
+    return SweepReport(number, objective, worst, seconds, eta)
 
 
 @dataclass(frozen=True)
