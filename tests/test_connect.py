@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import csv, json, sys
 from pathlib import Path
@@ -24,7 +26,7 @@ def write(name, *rows):
 def run(job, *words):
     sets = ["als.rank=2", "als.tol=5e-3", "unlearn.tau=2e-2"]
     words = ["--root", str(root / "tables"), *[w for s in sets for w in ("--set", s)], *words]
-    return JOBS[job].main(args=words, standalone_mode=False)
+    return dict(JOBS[job].main(args=words, standalone_mode=False))
 
 pairs = [(f"u{u}", i, 1 + (3 * u + 5 * i) % 5) for u in range(12) for i in range(8) if (u + i) % 3]
 ratings = write("r.csv", ("user_id", "item_id", "rating"), *pairs)
@@ -37,6 +39,7 @@ print(json.dumps({"night": night, "audit": run("audit"), "listed": run("recommen
 """
 
 
+@pytest.mark.spark
 def test_ratings_become_a_model_that_forgets_and_holds_on_connect(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],

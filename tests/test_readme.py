@@ -1,14 +1,16 @@
 """What the pages say is what the code does.
 
 Every command in a ```bash block is taken through the job's own parser without being run; make
-targets, links and headings exist; the settings table is complete and its defaults are true; the
-notebook's calls and the Python example name real options. No Spark session is started.
+targets, links, headings and the modules that are named exist; the settings table is complete and
+its defaults are true. The README's first Python example and the notebook are run.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -22,11 +24,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import unlearn_spark
 from unlearn_spark import config
 from unlearn_spark.__main__ import JOBS as COMMANDS
+from unlearn_spark.engine import SPARK_VARIABLES
+from unlearn_spark.evaluation import synthetic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
+DESIGN = REPOSITORY / "docs" / "design.md"
 NOTEBOOK = REPOSITORY / "notebooks" / "quickstart.py"
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 JOBS = sorted({*COMMANDS, *(path.stem for path in (REPOSITORY / "jobs").glob("*.py"))})
@@ -79,18 +85,27 @@ def parse(name: str, arguments: list[str]) -> None:
         config.load_settings(REPOSITORY / conf, context.params["overrides"])
 
 
+def job_call(words: list[str]) -> tuple[str, list[str]] | None:
+    """The job and the arguments of a command; None if it runs no job."""
+    for place, word in enumerate(words):
+        match = _JOB.match(word)
+        if match:
+            return match[1], words[place + 1 :]
+        if Path(word).name == "unlearn-spark":
+            return words[place + 1], words[place + 2 :]
+    return None
+
+
 def job_calls() -> list[Any]:
     found = []
     for page in PAGES:
         for script in blocks(page, "bash"):
             for words in commands(script):
-                for place, word in enumerate(words):
-                    match = _JOB.match(word)
-                    if match:
-                        arguments = words[place + 1 :]
-                        text = f"{page.name}: {match[1]} {' '.join(arguments)}"
-                        found.append(pytest.param(match[1], arguments, id=text))
-                        break
+                call = job_call(words)
+                if call is not None:
+                    name, arguments = call
+                    text = f"{page.name}: {name} {' '.join(arguments)}"
+                    found.append(pytest.param(name, arguments, id=text))
     return found
 
 
@@ -136,6 +151,9 @@ def test_a_wrong_option_would_be_noticed():
         parse("train", ["--set", "als.rnk=3"])
     script = "cat > x <<'END'\njobs/no.py --x\nEND\nmake a \\\n  b && make c # d\n"
     assert list(commands(script)) == [["cat"], ["x"], ["make", "a", "b"], ["make", "c"]]
+    assert job_call(["spark-submit", "jobs/train.py", "--x"]) == ("train", ["--x"])
+    assert job_call([".venv/bin/unlearn-spark", "train", "--x"]) == ("train", ["--x"])
+    assert job_call(["pip", "install", "unlearn-spark[spark]"]) is None
 
 
 def test_make_targets_exist():
@@ -173,17 +191,30 @@ def test_files_that_are_named_exist(page):
     assert not missing, f"{page.name} names {missing}"
 
 
-def test_the_tree_of_the_readme_exists():
-    (tree,) = [block for block in blocks(README, "") if block.startswith("unlearn_spark/")]
-    parent = REPOSITORY
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_are_named_exist(page):
+    package = REPOSITORY / "unlearn_spark"
+    folders = "|".join(path.name for path in package.iterdir() if path.is_dir())
+    text = without_fences(page)
+    named = re.findall(rf"`(?:unlearn_spark/)?((?:{folders})/[\w./-]*)`", text)
+    named += re.findall(r"`unlearn_spark/([\w./-]+)`", text)
+    missing = sorted({name for name in named if not (package / name).exists()})
+    missing = [name for name in missing if not (REPOSITORY / name).exists()]
+    assert not missing, f"{page.name} names {missing}"
+
+
+@pytest.mark.parametrize(
+    "page", [README, REPOSITORY / "docs" / "design.md"], ids=lambda page: page.name
+)
+def test_the_tree_of_a_page_exists(page):
+    """Folders end with a slash; what is indented lies in the folder above it."""
+    (tree,) = [block for block in blocks(page, "") if block.startswith("unlearn_spark/")]
+    folders = [REPOSITORY]
     for line in tree.splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            parent = REPOSITORY / name
-            path = parent
-        else:
-            path = parent / name
-        assert path.exists(), f"the README's tree names {path.relative_to(REPOSITORY)}"
+        depth = (len(line) - len(line.lstrip(" "))) // 2
+        path = folders[depth] / line.split()[0]
+        assert path.exists(), f"the tree of {page.name} names {path.relative_to(REPOSITORY)}"
+        folders = [*folders[: depth + 1], path]
 
 
 def test_the_settings_table_is_complete_and_true():
@@ -220,10 +251,30 @@ def test_the_exit_codes_are_those_of_the_command_line(monkeypatch, capsys):
     assert [ending(outcome) for outcome in outcomes] == codes
 
 
-def test_the_python_example_uses_real_parameters():
+@pytest.mark.parametrize(
+    "engine", ["embedded", pytest.param("spark", marks=[pytest.mark.spark, pytest.mark.slow])]
+)
+def test_the_first_python_example_forgets_and_holds(engine, request, tmp_path, monkeypatch):
+    if engine == "spark":
+        request.getfixturevalue("spark")
+    synthetic.write(users=60, items=40, ratings=600, seed=0, output=tmp_path / "ratings.csv")
+    monkeypatch.chdir(tmp_path)
+    # The session of other tests would choose Spark.
+    monkeypatch.setattr(unlearn_spark, "open", functools.partial(unlearn_spark.open, engine=engine))
+    example = blocks(README, "python")[0]
+    assert len([line for line in example.splitlines() if line]) == 10
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["audit"].engine == engine
+    assert names["audit"].model_version == 2
+    assert names["night"].requests == 2
+    assert names["night"].ratings_removed > 1
+
+
+def test_the_estimators_example_uses_real_parameters():
     from unlearn_spark.als import ALS, ALSModel
 
-    (example,) = blocks(README, "python")
+    example = blocks(README, "python")[1]
     methods = {"fit": ALS, "transform": ALSModel, "recommendForAllUsers": ALSModel}
     called = set()
     for node in ast.walk(ast.parse(example)):
@@ -240,35 +291,31 @@ def test_the_python_example_uses_real_parameters():
     assert called == {"ALS", *methods}
 
 
-def notebook_calls() -> list[tuple[str, list[str]]]:
-    """The `run("job", ...)` calls; what is computed there becomes a placeholder."""
-    found = []
-    for node in ast.walk(ast.parse(NOTEBOOK.read_text("utf-8"))):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run":
-            flat: list[ast.expr] = []
-            for argument in node.args:
-                inner = argument.value if isinstance(argument, ast.Starred) else argument
-                flat.extend(inner.elts if isinstance(inner, ast.Tuple) else [inner])
-            words = [str(e.value) if isinstance(e, ast.Constant) else "computed" for e in flat]
-            found.append((words[0], words[1:]))
-    return found
-
-
-def test_the_notebook_is_a_databricks_source_and_its_jobs_exist():
+def test_the_notebook_is_a_databricks_source_and_runs(tmp_path):
     text = NOTEBOOK.read_text("utf-8")
     assert text.startswith("# Databricks notebook source\n")
     assert text.count("# COMMAND ----------") >= 5
-    calls = notebook_calls()
-    assert {name for name, _ in calls} >= {"ingest_ratings", "train", "unlearn", "audit"}
-    for name, arguments in calls:
-        parse(name, arguments)
+    environment = {key: value for key, value in os.environ.items() if key not in SPARK_VARIABLES}
+    environment["TMPDIR"] = str(tmp_path)
+    # A process of its own: the session of other tests would choose Spark.
+    answer = subprocess.run(
+        [sys.executable, str(NOTEBOOK)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "'engine': 'embedded'" in answer.stdout
+    assert "26 ratings removed" in answer.stdout
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_every_job_answers_help(name):
     answer = CliRunner().invoke(load_job(name), ["--help"])
     assert answer.exit_code == 0, answer.output
-    for option in ("--conf", "--root", "--set"):
+    for option in ("--conf", "--root", "--set", "--engine"):
         assert option in answer.output
 
 
@@ -296,6 +343,8 @@ def test_a_script_and_the_command_answer_in_processes_of_their_own():
 
 def test_every_job_and_setting_section_is_in_the_readme():
     text = README.read_text("utf-8")
-    assert [name for name in JOBS if f"jobs/{name}.py" not in text] == []
+    rows = text.split("| job | keys of its JSON |")[1].split("\n\n")[0]
+    listed = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.+?) \|", rows, re.MULTILINE)))
+    assert sorted(listed) == JOBS
     for path in sorted((REPOSITORY / "conf").glob("*.yaml")):
         config.Settings.model_validate(yaml.safe_load(path.read_text("utf-8")))

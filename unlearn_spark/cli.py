@@ -1,6 +1,7 @@
 """The command line that all jobs share: options, exit codes, and one JSON object at the end.
 
-Exit codes: 0 done; 2 bad input or settings, with one line on stderr; 1 any other failure.
+Exit codes: 0 done; 2 bad input or settings, with one line on stderr; 1 any other failure. A job
+that lost against another one ends with 1 and one line.
 """
 
 from __future__ import annotations
@@ -11,65 +12,39 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from unlearn_spark.config import CHECKOUT, Settings, load_settings
-from unlearn_spark.errors import UserError
-
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
-
-    from unlearn_spark.tables.store import Store
+from unlearn_spark.config import CHECKOUT, load_settings
+from unlearn_spark.errors import ConflictError, UserError
+from unlearn_spark.recommender import Recommender, to_stderr
 
 DEFAULT_CONF = CHECKOUT / "conf" / "local.yaml" if CHECKOUT else None
 
 
-@dataclass
-class JobContext:
-    """A job's validated settings; its Spark session and its tables open on first use."""
-
-    settings: Settings
-    _spark: Any = field(default=None, repr=False)
-    _store: Any = field(default=None, repr=False)
-
-    @property
-    def spark(self) -> SparkSession:
-        if self._spark is None:
-            from unlearn_spark.spark.session import get_spark
-
-            self._spark = get_spark(self.settings)
-        return self._spark
-
-    @property
-    def store(self) -> Store:
-        if self._store is None:
-            from unlearn_spark.tables.store import Store, check_root
-
-            check_root(self.settings)  # fail before a session starts
-            self._store = Store(self.spark, root=self.settings.root, catalog=self.settings.catalog)
-        return self._store
-
-
-def progress(message: str) -> None:
-    """Print one line of progress to stderr."""
-    print(message, file=sys.stderr, flush=True)
+progress = to_stderr
 
 
 def job(summary: str) -> Callable[[Callable[..., Mapping[str, Any]]], click.Command]:
-    """Turn `main(context, **options) -> dict` into a job's command.
+    """Turn `main(recommender, **options) -> mapping` into a job's command.
 
-    Adds `--conf`, `--root` and `--set`; the returned mapping becomes the last line on stdout.
+    Adds `--conf`, `--root`, `--set` and `--engine`; the returned mapping becomes the last line on
+    stdout.
     """
 
     def decorate(main: Callable[..., Mapping[str, Any]]) -> click.Command:
         def callback(
-            conf: str | None, root: str | None, overrides: tuple[str, ...], **options: Any
+            conf: str | None,
+            root: str | None,
+            overrides: tuple[str, ...],
+            engine: str | None,
+            **options: Any,
         ) -> Mapping[str, Any]:
+            if engine is not None:
+                overrides = (*overrides, f"execution.engine={engine}")
             settings = load_settings(conf, overrides, root=root)
-            return main(JobContext(settings), **options)
+            return main(Recommender(settings, progress), **options)
 
         command = click.Command(
             name=main.__module__.rpartition(".")[2],
@@ -91,6 +66,11 @@ def job(summary: str) -> Callable[[Callable[..., Mapping[str, Any]]], click.Comm
                     multiple=True,
                     metavar="KEY=VALUE",
                     help="Override one setting, for example als.rank=64. Repeatable.",
+                ),
+                click.Option(
+                    ["--engine"],
+                    type=click.Choice(["auto", "embedded", "spark"]),
+                    help="embedded: this process. spark: a Spark session.  [default: auto]",
                 ),
             ],
             context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -119,11 +99,14 @@ def _run(command: click.Command, arguments: list[str] | None) -> int:
     except UserError as error:
         progress(f"error: {_one_line(str(error))}")
         return 2
+    except ConflictError as error:
+        progress(f"error: {_one_line(str(error))}")
+        return 1
     except Exception:
         traceback.print_exc()
         return 1
     if isinstance(result, Mapping):
-        print(json.dumps(result, default=_jsonable), flush=True)
+        print(json.dumps(dict(result), default=_jsonable), flush=True)
         return int(result.get("exit_code", 0)) if "exit_code" in result else 0
     return 0
 

@@ -1,4 +1,4 @@
-"""Validated settings: one YAML file, overridden by `--set key=value`, checked before Spark starts.
+"""Validated settings: one YAML file, overridden by `--set key=value`, checked before any work.
 
 Every key is a field of the models below: `als.rank` on the command line is field `rank` of
 `AlsSettings`. Unknown keys are refused, and the message suggests the nearest known key.
@@ -91,13 +91,28 @@ class ResolvedUnlearn(UnlearnSettings):
         return self.lower_mark * self.tau
 
 
-class ExecutionSettings(_Section):
-    """How work is cut into tasks. Results do not depend on these settings."""
+def _size(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"(?i)[1-9][0-9]*[kmgt]b?", value):
+        raise ValueError("expected a size with its unit, for example 4g")
+    return value
 
+
+class ExecutionSettings(_Section):
+    """Which engine works, and how work is cut. Models do not depend on these settings, apart from
+    the rounding of sums."""
+
+    engine: Literal["auto", "embedded", "spark"] = "auto"
+    """embedded: in this process. spark: in a Spark session. auto: `engine.choose`."""
+    memory: str | None = None
+    """Most memory that the embedded engine may need; by default half of the machine's."""
+    threads: int | None = Field(None, ge=1, le=1024)
+    """Threads of the embedded engine; by default all cores. Results do not depend on them."""
     part_ratings: int = Field(8_000_000, ge=1)
     """Ratings that one task holds at a time (about 8 bytes each, 40 while it sorts them)."""
     checkpoint: Literal["local", "persist"] = "local"
-    """How a sweep's state is kept: `local` truncates the plan, `persist` only caches it."""
+    """How Spark keeps a sweep's state: `local` truncates the plan, `persist` only caches it."""
+
+    _is_memory = field_validator("memory")(_size)
 
 
 class SparkSettings(_Section):
@@ -117,12 +132,7 @@ class SparkSettings(_Section):
             raise ValueError("expected local[N], yarn, spark://HOST:PORT or k8s://URL")
         return value
 
-    @field_validator("driver_memory")
-    @classmethod
-    def _is_memory(cls, value: str) -> str:
-        if not re.fullmatch(r"(?i)[1-9][0-9]*[kmgt]b?", value):
-            raise ValueError("expected a size with its unit, for example 4g")
-        return value
+    _is_memory = field_validator("driver_memory")(_size)
 
 
 class Settings(_Section):
@@ -187,6 +197,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 def load_settings(
     path: str | Path | None = None,
     overrides: Iterable[str] = (),
+    *,
+    tree: Mapping[str, Any] | None = None,
     **top_level: Any,
 ) -> Settings:
     """Read, merge and validate settings.
@@ -197,6 +209,8 @@ def load_settings(
         YAML file; `None` means defaults only.
     overrides
         `key=value` texts. Later ones win over earlier ones and over the file.
+    tree
+        Settings as the file has them, which win over it.
     top_level
         Values for `root` or `catalog` that, unless None, win over everything.
 
@@ -206,23 +220,10 @@ def load_settings(
         The file, a key or a value is unusable, or two settings exclude each other.
     """
     source = str(path) if path is not None else "settings"
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SettingsError(
-                f"--conf {path}: cannot be read ({error.strerror}); give a YAML file"
-            ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            mark = getattr(error, "problem_mark", None)
-            if mark is not None:
-                reason = f"line {mark.line + 1}: {getattr(error, 'problem', None) or reason}"
-            raise SettingsError(f"--conf {path}: not valid YAML ({reason}); correct it") from error
-        if loaded is not None and not isinstance(loaded, Mapping):
-            raise SettingsError(f"--conf {path}: expected a mapping of settings at the top")
-        tree = dict(loaded or {})
+    read = {} if path is None else _read(path)
+    _validate(read, source)
+    tree = {**read, **(tree or {})}
+    _validate(tree, source)
     for text in overrides:
         keys, value = parse_override(text)
         source = f"--set {text}"
@@ -243,6 +244,25 @@ def load_settings(
     if settings.spark.master is not None and settings.spark.remote is not None:
         raise SettingsError(f"{source}: give spark.master or spark.remote, not both")
     return settings
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML file."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"--conf {path}: cannot be read ({error.strerror}); give a YAML file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None:
+            reason = f"line {mark.line + 1}: {getattr(error, 'problem', None) or reason}"
+        raise SettingsError(f"--conf {path}: not valid YAML ({reason}); correct it") from error
+    if loaded is not None and not isinstance(loaded, Mapping):
+        raise SettingsError(f"--conf {path}: expected a mapping of settings at the top")
+    return dict(loaded or {})
 
 
 def _validate(tree: Mapping[str, Any], source: str) -> Settings:

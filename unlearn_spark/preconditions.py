@@ -36,6 +36,26 @@ def for_spark(path: str, glob: bool = True) -> str:
     return re.sub(r"([\\\[\]{}*?])", r"\\\1", absolute) if glob else absolute
 
 
+# delta-rs turns a path into a URL, and either misreads these marks or panics.
+_UNUSABLE = re.compile(r"[][\\^|\x00-\x1f\x7f]|%[0-9A-Fa-f]{2}")
+
+
+def misread_by_delta_rs(path: str) -> str | None:
+    """The first mark of a local path that delta-rs cannot use; None if it can use the path."""
+    found = None if is_remote(path) else _UNUSABLE.search(str(Path(path).absolute()))
+    return found and found[0]
+
+
+def require_path_for_delta_rs(option: str, path: str) -> None:
+    """Raise InputError if delta-rs cannot keep a table at a local path that an option names."""
+    mark = misread_by_delta_rs(path)
+    if mark:
+        raise InputError(
+            f"{option} {path}: the embedded engine cannot use a path with {mark!r} for a Delta "
+            "table; name another, or run with --engine spark"
+        )
+
+
 def nearest_existing(path: Path) -> Path:
     """A local path if it exists, else its nearest parent that does."""
     return next(p for p in (path, *path.absolute().parents) if os.path.exists(p))

@@ -1,4 +1,4 @@
-"""Write a model version: its tables first, its row of the models table last.
+"""Publish a model version: an engine writes its tables first, this module the row of models last.
 
 Nothing is visible before that last commit, so a job may die anywhere. The next job starts from the
 published version, and its writes replace whatever was left behind.
@@ -6,33 +6,58 @@ published version, and its writes replace whatever was left behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from unlearn_spark.concurrency import run_concurrently
 from unlearn_spark.core.training import TrainingSummary
 from unlearn_spark.errors import InputError
-from unlearn_spark.tables import factors, models
+from unlearn_spark.tables import models, ratings, tombstones
 from unlearn_spark.tables.models import ModelVersion
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
-
     from unlearn_spark.config import AlsSettings
     from unlearn_spark.tables.store import Store
 
 
 @dataclass(frozen=True)
-class WholeModel:
-    """A freshly fitted model, which replaces everything stored of the one before.
+class Basis:
+    """What a new model may learn from: the ratings of a version that no request covers.
 
     Attributes
     ----------
-    rows
-        By side: id, block, slot, chunk, n_ratings, gradient_norm, b_norm, factor_norm, factors.
-    chunks
-        The packed ratings of both sides.
+    parent
+        The newest published version; None before the first training.
+    ratings_version, tombstones_version
+        The newest Delta versions; None: there are no requests.
+    receipts_version
+        Delta version of the receipts that the parent names; None: there are none.
+    """
+
+    parent: ModelVersion | None
+    ratings_version: int
+    tombstones_version: int | None
+    receipts_version: int | None
+
+
+def basis(store: Store) -> Basis:
+    """What a model that is fitted now may learn from. Raises TableMissingError without ratings."""
+    store.require(ratings.TABLE)
+    parent = models.newest(store)
+    return Basis(
+        parent,
+        store.version(ratings.TABLE),
+        tombstones.version(store),
+        parent.receipts_version if parent else None,
+    )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A freshly fitted model, apart from its tables.
+
+    Attributes
+    ----------
     layouts
         By side: `n_blocks` and `n_slots`.
     floors
@@ -41,98 +66,52 @@ class WholeModel:
         How the training went.
     """
 
-    rows: Mapping[str, DataFrame]
-    chunks: DataFrame
     layouts: Mapping[str, Mapping[str, int]]
     floors: Mapping[str, float]
     summary: TrainingSummary
 
 
-def write_whole_model(
-    store: Store, model: WholeModel, more: Mapping[str, Callable[[], int]] | None = None
-) -> dict[str, int]:
-    """Replace factors, ledger and packed ratings by those of a whole new model.
-
-    Parameters
-    ----------
-    more
-        Further writes to run at the same time, under the fields that take their versions.
-
-    Returns
-    -------
-    dict
-        The Delta version of each table, under the names of `ModelVersion`'s fields.
-    """
-    rows = model.rows
-    ledger = factors.ledger_rows(rows["user"], "user", model.floors).unionByName(
-        factors.ledger_rows(rows["item"], "item", model.floors)
-    )
-    # Not beside other writes: small row groups are a setting of the whole session.
-    written = {"rating_blocks_version": factors.write_rating_blocks(store, model.chunks)}
-    return written | run_concurrently(
-        {
-            "user_factors_version": lambda: factors.write_factors(store, "user", rows["user"]),
-            "item_factors_version": lambda: factors.write_factors(store, "item", rows["item"]),
-            "ledger_version": lambda: factors.write_ledger(store, ledger),
-            "rating_changes_version": lambda: factors.clear_rating_changes(store),
-            **(more or {}),
-        }
-    )
-
-
-def warm_start(store: Store, wanted: int | str | None) -> tuple[DataFrame, DataFrame] | None:
-    """User and item factors of the version that `als.warm_start` names; None if it names none."""
-    if wanted is None:
-        return None
-    version = models.published(store, None if wanted == "latest" else int(wanted))
-    return models.read_factors(store, version)
-
-
 def publish_fit(
     store: Store,
-    fitted: WholeModel,
+    fit: Fit,
+    written: Mapping[str, int],
     als: AlsSettings,
     *,
     kind: str,
     parent: ModelVersion | None,
-    ratings_version: int,
     ratings_ingest_id: int,
     tau: float | None = None,
-    writes: Mapping[str, Callable[[], int]] | None = None,
-    **more: Any,
+    metrics: Mapping[str, Any] | None = None,
+    **versions: int | None,
 ) -> ModelVersion:
-    """Write a freshly fitted model and make it visible.
+    """Make a freshly fitted model visible.
 
     Parameters
     ----------
-    kind, parent, ratings_version, ratings_ingest_id, more
-        Fields of the new `ModelVersion`; `more` may hold `metrics` to add.
+    written
+        The Delta versions of the tables that hold it, under the names of `ModelVersion`'s fields.
+    kind, parent, ratings_ingest_id
+        Fields of the new `ModelVersion`.
     tau
         The residual that the certificate promises; None: `als.tol`.
-    writes
-        As `more` of `write_whole_model`; the versions that they return override the arguments.
+    metrics
+        Further metrics, which win over those of the training.
+    versions
+        Versions of the tables that are not in `written`.
 
     Raises
     ------
     ConflictError
         Another job published meanwhile.
     """
-    summary = fitted.summary
+    summary = fit.summary
     tau = als.tol if tau is None else tau
     # Without a sweep there is no reached residual from which a later night could derive tau.
     reached = {"reached": summary.max_residual} if summary.sweeps else {}
-    written = write_whole_model(store, fitted, writes)
-    metrics = {
-        "users": summary.users,
-        "items": summary.items,
-        "ratings": summary.ratings,
-        "sweeps": summary.sweeps,
-        "converged": summary.converged,
-        "objective": summary.objective,
-        "max_residual": summary.max_residual,
-        "seconds": summary.seconds,
-        "history": [report["max_residual"] for report in summary.history],
-        **more.pop("metrics", {}),
+    known: dict[str, Any] = {
+        "receipts_version": parent.receipts_version if parent else None,
+        **versions,
+        **written,
     }
     return models.publish(
         store,
@@ -141,26 +120,28 @@ def publish_fit(
             kind=kind,
             parent=parent.model_version if parent else None,
             ratings_ingest_id=ratings_ingest_id,
-            settings={
-                "als": als.model_dump(),
-                "layouts": fitted.layouts,
+            settings={"als": als.model_dump(), "layouts": fit.layouts},
+            metrics={
+                "users": summary.users,
+                "items": summary.items,
+                "ratings": summary.ratings,
+                "sweeps": summary.sweeps,
+                "converged": summary.converged,
+                "objective": summary.objective,
+                "max_residual": summary.max_residual,
+                "seconds": summary.seconds,
+                "history": [report["max_residual"] for report in summary.history],
+                **(metrics or {}),
             },
-            metrics=metrics,
             certificate={
                 "tau": tau,
                 "max_residual": summary.max_residual,
                 "holds": summary.max_residual <= tau,
                 "evidence": "scan",
-                "floor": fitted.floors,
+                "floor": fit.floors,
                 **reached,
             },
-            **{
-                "ratings_version": ratings_version,
-                "tombstones_version": parent.tombstones_version if parent else None,
-                "receipts_version": parent.receipts_version if parent else None,
-                **written,
-                **more,
-            },
+            **known,
         ),
     )
 

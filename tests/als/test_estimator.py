@@ -117,6 +117,7 @@ def test_recommendations_equal_brute_force(spark, split, model):
     assert [r["user"] for r in row["recommendations"]] == ranked[:5]
 
 
+@pytest.mark.slow
 def test_exclude_seen_leaves_only_unrated_items(split, model):
     train, _ = split
     rated = {(row["user"], row["item"]) for row in train.collect()}
@@ -149,6 +150,7 @@ def test_string_ids_and_cold_starts(spark, split):
     assert model.getColdStartStrategy() == "nan"
 
 
+@pytest.mark.slow
 def test_implicit_preferences_equal_mllib(split):
     """Two groups of users and of items: the best rank-2 model is one, so predictions agree."""
     train, _ = split
@@ -166,6 +168,7 @@ def test_implicit_preferences_equal_mllib(split):
     assert gap < 0.05 * spread
 
 
+@pytest.mark.slow
 def test_without_a_rating_column_every_rating_is_one(split):
     train, _ = split
     model = ALS(rank=1, maxIter=10, regParam=0.0, ratingCol="").fit(train)

@@ -6,13 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pyspark.sql import functions as F
 
 from unlearn_spark.errors import InputError
-from unlearn_spark.spark import scoring
-from unlearn_spark.spark.scoring import best, predict_pairs, top_n
+from unlearn_spark.spark.scoring import predict_pairs, top_n
 
 
 def brute_force(queries, candidates, n, excluded=frozenset()):
@@ -26,39 +23,6 @@ def brute_force(queries, candidates, n, excluded=frozenset()):
         ]
         lists.append([(c, -score) for score, c in sorted(scored)[:n]])
     return lists
-
-
-@settings(deadline=None)
-@given(
-    st.integers(1, 7), st.integers(1, 12), st.integers(1, 15), st.integers(0, 2**32), st.booleans()
-)
-def test_best_equals_a_full_sort_with_ties_and_exclusions(m, c, n, seed, few_values):
-    rng = np.random.default_rng(seed)
-    # Small whole numbers: exact products, and many ties.
-    spread = 2 if few_values else 50
-    queries = rng.integers(-spread, spread, (m, 3)).astype(np.float32)
-    candidates = rng.integers(-spread, spread, (c, 3)).astype(np.float32)
-    forbidden = rng.random((m, c)) < 0.3
-    rows, columns = np.nonzero(forbidden)
-    shuffled = rng.permutation(len(rows))
-    counts, chosen, scores = best(queries, candidates, n, (rows[shuffled], columns[shuffled]))
-    expected = brute_force(
-        queries, candidates, n, set(zip(rows.tolist(), columns.tolist(), strict=True))
-    )
-    assert counts.tolist() == [len(entries) for entries in expected]
-    flat = [entry for entries in expected for entry in entries]
-    assert list(zip(chosen.tolist(), scores.tolist(), strict=True)) == flat
-
-
-def test_best_does_not_depend_on_how_many_scores_are_held(monkeypatch):
-    rng = np.random.default_rng(1)
-    queries = rng.integers(-3, 3, (40, 4)).astype(np.float32)
-    candidates = rng.integers(-3, 3, (30, 4)).astype(np.float32)
-    excluded = (rng.integers(0, 40, 90), rng.integers(0, 30, 90))
-    whole = best(queries, candidates, 5, excluded)
-    monkeypatch.setattr(scoring, "SCORE_BYTES", 4 * 30 * 7)
-    for one, other in zip(whole, best(queries, candidates, 5, excluded), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def factors_frame(spark, ids, factors):

@@ -1,8 +1,11 @@
 """What a session is built with."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pyspark
 import pytest
 
 from unlearn_spark.config import CHECKOUT
@@ -33,22 +36,13 @@ def test_spark_submit_starts_its_jvm_with_the_same_options():
     assert conf["spark.driver.extraJavaOptions"].split() == list(session.JAVA_OPTIONS)
 
 
-def test_a_session_has_the_defaults_but_where_a_user_set_another():
-    keys = ("parquet.enable.dictionary#factors.list.element", "spark.sql.session.timeZone")
-    program = f"""
-from unlearn_spark.config import Settings
-from unlearn_spark.spark.session import get_spark
-settings = Settings(spark=dict(master="local[1]", conf=dict([({keys[1]!r}, "Asia/Tokyo")])))
-spark = get_spark(settings)
-print(*[spark.conf.get(key) for key in {keys!r}])
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
-    )
-    assert run.stdout.split() == ["false", "Asia/Tokyo"]
-    assert "Ignoring" not in run.stderr
+def test_a_session_has_the_defaults_but_where_a_user_set_another(spark):
+    assert spark.conf.get("parquet.enable.dictionary#factors.list.element") == "false"
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+    assert spark.conf.get("spark.sql.shuffle.partitions") == "2"  # set by the fixture
 
 
+@pytest.mark.spark
 def test_a_session_that_runs_gets_a_users_settings_and_says_which_it_cannot_change():
     program = """
 from pyspark.sql import SparkSession
@@ -71,6 +65,30 @@ print(spark.conf.get("spark.sql.shuffle.partitions"), spark.conf.get("spark.sql.
     told = [line for line in run.stderr.splitlines() if line.startswith("unlearn-spark:")]
     assert len(told) == 1
     assert "spark.executor.memory of spark.conf cannot be changed" in told[0]
+
+
+@pytest.mark.spark
+def test_spark_submit_means_spark(tmp_path):
+    """A driver that spark-submit starts; neither it nor the choice needs a session."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        f"""import sys
+sys.path.insert(0, {str(CHECKOUT)!r})
+from unlearn_spark import engine
+from unlearn_spark.config import Settings
+print("chosen:", engine.choose(Settings(root="tables")), "pyspark" in sys.modules)
+"""
+    )
+    submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
+    run = subprocess.run(
+        [submit, "--master", "local[1]", driver],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "PYSPARK_PYTHON": sys.executable},
+    )
+    assert "chosen: spark False" in run.stdout
 
 
 class Locked:

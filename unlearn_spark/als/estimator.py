@@ -51,7 +51,7 @@ from unlearn_spark.core.training import TrainingSummary
 from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.spark.scoring import predict_pairs, require_ids, top_n
 from unlearn_spark.spark.training.training import fit_factors
-from unlearn_spark.tables.sql import quoted
+from unlearn_spark.tables.delta_spark import quoted
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

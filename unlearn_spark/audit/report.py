@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unlearn_spark.audit.comparison import K
-from unlearn_spark.audit.sample import COMPARED, DELETED, UNSEEN
+from unlearn_spark.audit.figures import COMPARED, DELETED, UNSEEN, Comparison, K
+from unlearn_spark.evaluation import plots
+
+
+def show(found: Comparison, plot: str | None) -> None:
+    """Print the tables to stderr, and draw the picture that `plot` names."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr)
+    console.width = max(console.width, 100)  # rather wrapped lines than cut figures
+    console.print(*tables_of(found.figures), sep="\n\n")
+    if plot is not None:
+        plots.comparison(found.figures, found.deleted_scores, plot)
 
 
 def tables_of(figures: Mapping[str, Any]) -> list[Any]:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from unlearn_spark.cli import JobContext, job, progress
-from unlearn_spark.ingestion import formats
-from unlearn_spark.jobs import (
-    audit,
-    generate_ratings,
-    ingest_ratings,
-    ingest_tombstones,
-    recommend,
-    train,
-    unlearn,
-)
+from unlearn_spark.cli import job, progress
+from unlearn_spark.errors import SettingsError
+from unlearn_spark.ingestion import rules
+from unlearn_spark.recommender import Recommender
+
+SIZE = {"users": 20_000, "items": 4_000, "ratings": 1_000_000}
+"""Generated ratings: so many that retraining takes visibly longer than forgetting."""
+
+SAMPLE = 20_000
+"""Ratings among which those of the requests are looked for, to compare their scores."""
 
 
-def step(title: str, command: click.Command, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run another job in this process, and say what it was and how long it took."""
-    progress(f"\n== {title}\n   unlearn-spark {command.name} {' '.join(arguments)}")
+def step(title: str, command: str, run: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Run a job, and say what it was, how it is called, and how long it took."""
+    progress(f"\n== {title}\n   {command}")
     started = time.perf_counter()
-    result: dict[str, Any] = command.main(args=list(arguments), standalone_mode=False)
+    result = run()
     progress(f"   {time.perf_counter() - started:.1f} s")
     for key, value in result.items():
         progress(f"   {key}: {value}")
@@ -40,137 +44,159 @@ def step(title: str, command: click.Command, arguments: Sequence[str]) -> dict[s
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(formats.FORMATS, case_sensitive=False),
+    type=click.Choice(rules.FORMATS, case_sensitive=False),
     default="csv",
     show_default=True,
     help="Format of --input.",
 )
-def main(context: JobContext, source: str | None, kind: str) -> dict[str, Any]:
+def main(recommender: Recommender, source: str | None, kind: str) -> Mapping[str, Any]:
     """Leaves its tables, the requests and two pictures (the convergence of the training, the scores
     of forgotten entries) under the root."""
-    from unlearn_spark.evaluation.plots import sparkline
-    from unlearn_spark.tables import models
+    from unlearn_spark.evaluation import plots, synthetic
     from unlearn_spark.tables.store import check_root
 
     started = time.perf_counter()
-    if context.settings.root is None:
-        raise click.UsageError("--root is needed")
-    check_root(context.settings)
+    settings = recommender.settings
+    if settings.root is None:
+        raise SettingsError("the demo needs --root DIR, in which it leaves its tables")
     if source is not None:
-        formats.check_exists(source)
-    root = Path(context.settings.root)
+        rules.check_exists(source)
+    check_root(settings)
+    root = Path(settings.root)
     root.mkdir(parents=True, exist_ok=True)
-    common = ["--root", str(root), "--set", "als.rank=16", "--set", "als.reg_param=0.1"]
-    if source is None:
-        source, kind = str(root / "generated.csv"), "csv"
-        size = ["--users", "600", "--items", "250", "--ratings", "20000", "--seed", "1"]
-        step("Ratings with a long tail", generate_ratings.main, [*size, "--output", source])
-    step("Into Delta", ingest_ratings.main, [*common, "--input", source, "--format", kind])
-    picture = str(root / "convergence.png")
-    step("Train and publish", train.main, [*common, "--plot", picture])
-    history = models.published(context.store).metrics["history"]
-    progress(f"   residual by sweep (log): {sparkline(history, log=True)}   picture: {picture}")
-    step("Top-N for everybody", recommend.main, [*common, "--top", "5"])
+    common = f"--root {root}"
 
+    if source is None:
+        source, kind = str(root / "generated.parquet"), "parquet"
+        made = " ".join(f"--{name} {number}" for name, number in SIZE.items())
+        step(
+            "Ratings with a long tail",
+            f"unlearn-spark generate_ratings {made} --seed 1 --output {source}",
+            lambda: vars(synthetic.write(**SIZE, seed=1, output=source)),
+        )
+    step(
+        "Into Delta",
+        f"unlearn-spark ingest_ratings {common} --input {source} --format {kind}",
+        lambda: recommender.ingest_ratings(source, kind),
+    )
+    picture = str(root / "convergence.png")
+    step(
+        "Train and publish",
+        f"unlearn-spark train {common} --plot {picture}",
+        lambda: recommender.train(picture),
+    )
+    history = recommender.model().metrics["history"]
+    progress(
+        f"   residual by sweep (log): {plots.sparkline(history, log=True)}   picture: {picture}"
+    )
+    step(
+        "Top-N for everybody",
+        f"unlearn-spark recommend {common} --top 5",
+        lambda: recommender.recommend(5),
+    )
+
+    sample = recommender.engine.sample(SAMPLE)
     asked = root / "tombstones.csv"
-    asked.write_text(requests(context))
+    requests, covered = choose_requests(sample)
+    asked.write_text(requests)
     step(
         "Three users, an item, a pair and a window are to be forgotten",
-        ingest_tombstones.main,
-        [*common, "--input", str(asked)],
+        f"unlearn-spark ingest_tombstones {common} --input {asked}",
+        lambda: recommender.ingest_tombstones(str(asked)),
     )
-    before = models.published(context.store)
-    forgot = step("Forget, and mend what that disturbed", unlearn.main, common)
-    audited = step("Check every row from the ratings that remain", audit.main, common)
-    retrained = step("For comparison, train anew without them", train.main, common)
-    scores = draw_scores(
-        context,
-        before.model_version,
-        forgot["model_version"],
-        retrained["model_version"],
-        root,
+    before = recommender.model().model_version
+    forgot = step(
+        "Forget, and mend what that disturbed",
+        f"unlearn-spark unlearn {common}",
+        lambda: recommender.unlearn(),
     )
+    audited = step(
+        "Check every row from the ratings that remain",
+        f"unlearn-spark audit {common}",
+        lambda: recommender.audit(),
+    )
+    retrained = step(
+        "For comparison, train anew without them",
+        f"unlearn-spark train {common}",
+        lambda: recommender.train(),
+    )
+    versions = {
+        "before": before,
+        "unlearned": forgot["model_version"],
+        "retrained": retrained["model_version"],
+    }
+    scores = draw_scores(recommender, covered, versions, root / "forgotten.png")
     progress(
         f"\nForgetting: {forgot['rows_resolved']} rows re-solved, blocks written "
         f"{forgot['blocks_written']} of {forgot['blocks_total']}, {forgot['work_sweeps']:.3f} "
-        f"sweeps of arithmetic, {forgot['seconds']:.0f} s.\n"
-        f"Retraining: {retrained['sweeps']} sweeps, {retrained['seconds']:.0f} s.\n"
+        f"sweeps of arithmetic, {forgot['seconds']:.1f} s.\n"
+        f"Retraining: {retrained['sweeps']} sweeps, {retrained['seconds']:.1f} s.\n"
         f"Certificate: largest residual {audited['max_residual']}, tolerance {audited['tau']}, "
         f"ratings that should be gone: {audited['tombstoned_ratings_found']}.\n"
-        f"Scores of what a user asked to be forgotten (means): {scores}"
+        f"Scores of what was forgotten (means): {scores}"
     )
     return {
         "model_version": forgot["model_version"],
         "work_sweeps": forgot["work_sweeps"],
         "max_residual": audited["max_residual"],
         "seconds": time.perf_counter() - started,
+        "engine": recommender.engine.name,
     }
 
 
-def requests(context: JobContext) -> str:
-    """Requests of every deleting scope, as csv. The same ratings give the same requests.
+def choose_requests(sample: pa.Table) -> tuple[str, pa.Table]:
+    """Requests of every deleting scope as csv, and the sampled ratings of the pair and the window,
+    whose users and items stay.
 
-    The window has the later half of the ratings of the user with the most.
+    The window has the later half of the ratings of the user that the sample has most of.
     """
-    from pyspark.sql import functions as F
-
-    from unlearn_spark.tables import ratings
-
-    table = ratings.read(context.store)
-    some = table.orderBy(F.xxhash64("user_id", "item_id")).limit(5).collect()
-    times = F.unix_timestamp("rated_at")
-    busiest = (
-        table.groupBy("user_id")
-        .agg(
-            F.count(F.lit(1)).alias("n"), F.median(times).alias("middle"), F.max(times).alias("end")
-        )
-        .orderBy(F.desc("n"), "user_id")
-        .first()
-    )
-    assert busiest is not None
+    rows = sample.slice(0, 5).to_pylist()
+    while len(rows) < 5:  # few ratings: several requests may name the same
+        rows.append(rows[-1])
     lines = ["request_id,scope,user_id,item_id,from_ts,to_ts"]
-    lines += [f"forget-user-{n},user,{some[n]['user_id']},,," for n in range(3)]
-    lines += [f"forget-item,item,,{some[3]['item_id']},,"]
-    lines += [f"forget-pair,rating,{some[4]['user_id']},{some[4]['item_id']},,"]
-    if busiest["middle"] is not None:  # ratings without times are in no window
-        window = f"{int(busiest['middle'])},{busiest['end'] + 1}"
-        lines += [f"forget-window,window,{busiest['user_id']},,{window}"]
-    return "\n".join(lines) + "\n"
+    users = [quoted(row["user_id"]) for row in rows[:3]]
+    lines += [f"forget-user-{n},user,{user},,," for n, user in enumerate(users)]
+    lines += [f"forget-item,item,,{quoted(rows[3]['item_id'])},,"]
+    pair = rows[4]
+    lines += [f"forget-pair,rating,{quoted(pair['user_id'])},{quoted(pair['item_id'])},,"]
+    covered = sample.slice(4, 1)
+    counts = Counter(sample["user_id"].to_pylist())
+    busiest = max(counts, key=lambda user: (counts[user], str(user)))
+    mine = sample.filter(pc.equal(sample["user_id"], busiest))
+    times = sorted(mine["rated_at"].drop_null().to_pylist())
+    if times:  # ratings without times are in no window
+        start = times[len(times) // 2]
+        window = f"{start.isoformat()},{datetime.now(UTC).isoformat()}"
+        lines += [f"forget-window,window,{quoted(busiest)},,{window}"]
+        later = pc.fill_null(pc.greater_equal(mine["rated_at"], start), False)
+        covered = pa.concat_tables([covered, mine.filter(later)])
+    return "\n".join(lines) + "\n", covered
+
+
+def quoted(id: object) -> str:
+    """An id as a value of csv."""
+    return '"' + str(id).replace('"', '""') + '"'
 
 
 def draw_scores(
-    context: JobContext, before: int, unlearned: int, retrained: int, root: Path
+    recommender: Recommender, pairs: pa.Table, versions: Mapping[str, int], path: Path
 ) -> dict[str, float] | None:
     """Draw the scores of deleted entries whose user and item all three versions have.
 
     Returns their means before, unlearned and retrained; None without such entries.
     """
-    import numpy as np
-
     from unlearn_spark.evaluation import plots
-    from unlearn_spark.spark.scoring import predict_pairs
-    from unlearn_spark.tables import models, ratings
 
-    store = context.store
-    older, newer = models.published(store, before), models.published(store, unlearned)
-    assert older.ratings_version is not None
-    assert newer.ratings_version is not None
-    pairs = ["user_id", "item_id"]
-    gone = ratings.read(store, older.ratings_version).select(pairs)
-    gone = gone.join(ratings.read(store, newer.ratings_version).select(pairs), pairs, "anti")
-    for name, version in (
-        ("before", older),
-        ("unlearned", newer),
-        ("retrained", models.published(store, retrained)),
-    ):
-        users, items = models.read_factors(store, version)
-        gone = predict_pairs(gone, users, items, prediction_col=name, cold_start="drop")
-    scored = gone.limit(5000).toPandas()
-    if scored.empty:
+    columns = {
+        name: recommender.predict(
+            pairs["user_id"].to_pylist(), pairs["item_id"].to_pylist(), version
+        )
+        for name, version in versions.items()
+    }
+    known = np.all([np.isfinite(values) for values in columns.values()], axis=0)
+    if not known.any():
         return None
-    columns = {name: scored[name].to_numpy(np.float64) for name in scored.columns[2:]}
-    picture = plots.scores(
-        columns["before"], columns["unlearned"], columns["retrained"], root / "forgotten.png"
-    )
+    columns = {name: values[known] for name, values in columns.items()}
+    picture = plots.scores(columns["before"], columns["unlearned"], columns["retrained"], path)
     progress(f"   picture: {picture}")
     return {name: round(float(values.mean()), 3) for name, values in columns.items()}

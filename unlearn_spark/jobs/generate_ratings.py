@@ -1,4 +1,4 @@
-"""Write long-tailed synthetic ratings: a low-rank taste, noise, times. Needs no Spark."""
+"""Write long-tailed synthetic ratings: a low-rank taste, noise, times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from unlearn_spark.cli import JobContext, job, progress
+from unlearn_spark.cli import job, progress
+from unlearn_spark.recommender import Recommender
 
 
 @job("Generate synthetic ratings.")
@@ -16,7 +17,7 @@ from unlearn_spark.cli import JobContext, job, progress
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", required=True, metavar="PATH", help="A .csv or .parquet file.")
 def main(
-    context: JobContext, users: int, items: int, ratings: int, seed: int, output: str
+    recommender: Recommender, users: int, items: int, ratings: int, seed: int, output: str
 ) -> dict[str, Any]:
     """Ratings run from 0.5 to 5 in half stars; every user and item occurs if there are enough."""
     from unlearn_spark.evaluation import synthetic

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from unlearn_spark.cli import JobContext, job, progress
-from unlearn_spark.ingestion import formats
-from unlearn_spark.ingestion.ratings import ingest_ratings
+from unlearn_spark.cli import job
+from unlearn_spark.ingestion import rules
+from unlearn_spark.recommender import Recommender
 
 
 @job("Ingest ratings.")
@@ -16,7 +17,7 @@ from unlearn_spark.ingestion.ratings import ingest_ratings
 @click.option(
     "--format",
     required=True,
-    type=click.Choice(formats.FORMATS, case_sensitive=False),
+    type=click.Choice(rules.FORMATS, case_sensitive=False),
     help="What the input is.",
 )
 @click.option(
@@ -24,21 +25,8 @@ from unlearn_spark.ingestion.ratings import ingest_ratings
     metavar="PART=COLUMN,...",
     help="Columns of csv, parquet and delta that are named otherwise, as user_id=uid,item_id=iid.",
 )
-def main(context: JobContext, path: str, format: str, columns: str | None) -> dict[str, Any]:
+def main(
+    recommender: Recommender, path: str, format: str, columns: str | None
+) -> Mapping[str, Any]:
     """Times are ISO 8601 or seconds since 1970, UTC."""
-    named = formats.parse_columns(columns)
-    formats.check_exists(path)
-    store = context.store
-    raw = formats.read_ratings(context.spark, path, format, named)
-    report = ingest_ratings(store, raw)
-    progress(
-        f"{path}: {report.read} ratings read, {report.written} written, "
-        f"{report.superseded} superseded, {report.quarantined} quarantined"
-    )
-    return {
-        "ratings_read": report.read,
-        "ratings_written": report.written,
-        "superseded": report.superseded,
-        "quarantined": report.quarantined,
-        "ratings_version": report.version,
-    }
+    return recommender.ingest_ratings(path, format, rules.parse_columns(columns))

@@ -4,111 +4,39 @@ The audit reads ratings, factors, ledger, tombstones and receipts at the version
 row names. It computes every row's residual ||A x - b|| / max(||b||, floor) in float64 from the
 ratings table and the factor tables. It uses neither the packed ratings nor the code of the solvers
 and the ledger, so a mistake there cannot hide itself here. The floors come from the certificate.
-
-The equations are those of weighted-lambda ALS (Zhou et al. 2008, section 3) and, for implicit
-preferences, of Hu, Koren and Volinsky (2008, equation 4), with lambda scaled by the row's count of
-ratings (implicit: of positive ones), as in Spark MLlib.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyspark.sql import functions as F
 
+from unlearn_spark.audit.equations import ABSOLUTE_SLACK, OTHER, RELATIVE_SLACK, Equations
+from unlearn_spark.spark import factors, ratings
 from unlearn_spark.spark.arrow import vectors_of
-from unlearn_spark.tables import factors, models, ratings, requests
+from unlearn_spark.spark.requests import with_requests
+from unlearn_spark.tables import requests
+from unlearn_spark.tables.audits import Audit
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
+    from unlearn_spark.tables.delta_spark import SparkStore
     from unlearn_spark.tables.models import ModelVersion
-    from unlearn_spark.tables.store import Store
-
-OTHER = {"user": "item", "item": "user"}
-
-RELATIVE_SLACK = 1e-6
-ABSOLUTE_SLACK = 1e-9
-"""A ledger bound is too low when `bound * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK` is below the
-residual. Two float64 sums of the same terms in different order differ by far less."""
 
 _ROW_SCHEMA = "id string, copies int, n_ratings bigint, unmatched bigint, residual double"
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What a full scan of one model version found.
-
-    Attributes
-    ----------
-    model_version, tau
-        The version, and the largest residual that its certificate allows.
-    max_residual
-        By side: the largest relative residual. Infinite if a row has no usable vector, or has a
-        nonzero gradient while its right-hand side and its side's floor are 0.
-    floor
-        By side: the least denominator of its residuals, from the certificate.
-    rows
-        By side: the number of factor rows.
-    ledger_below, ledger_missing, ledger_extra
-        Ledger entries whose bound is below the residual; factor rows without an entry; entries
-        without a factor row.
-    tombstoned_ratings_found
-        Ratings of the model that a request with a receipt covers.
-    rows_without_ratings
-        Factor rows without a retained rating.
-    ratings_without_rows
-        Retained ratings whose user or item has no factor row.
-    """
-
-    model_version: int
-    tau: float
-    max_residual: dict[str, float]
-    floor: dict[str, float]
-    rows: dict[str, int]
-    ledger_below: int
-    ledger_missing: int
-    ledger_extra: int
-    tombstoned_ratings_found: int
-    rows_without_ratings: int
-    ratings_without_rows: int
-
-    @property
-    def ledger_holds(self) -> bool:
-        """Whether the ledger has one entry for every row, and no bound is below the residual."""
-        return not (self.ledger_below or self.ledger_missing or self.ledger_extra)
-
-    @property
-    def failures(self) -> list[str]:
-        """The checks that failed, a clause each."""
-        found = [
-            f"the largest {side} residual {residual:.3e} exceeds tau = {self.tau:.3e}"
-            for side, residual in self.max_residual.items()
-            if not residual <= self.tau
-        ]
-        counted = {
-            "ledger bounds are below the residual": self.ledger_below,
-            "factor rows have no ledger entry": self.ledger_missing,
-            "ledger entries have no factor row": self.ledger_extra,
-            "ratings of honoured requests are still there": self.tombstoned_ratings_found,
-            "factor rows have no rating": self.rows_without_ratings,
-            "ratings have no factor row": self.ratings_without_rows,
-        }
-        return found + [f"{number} {what}" for what, number in counted.items() if number]
-
-    @property
-    def holds(self) -> bool:
-        return not self.failures
-
-
-def audit(store: Store, model: ModelVersion) -> Audit:
+def audit(store: SparkStore, model: ModelVersion) -> Audit:
     """Scan a published version, the newest or an earlier one; write nothing.
 
     Workers stream the ratings of a row. The scan shuffles all ratings twice, each with a vector.
@@ -122,7 +50,7 @@ def audit(store: Store, model: ModelVersion) -> Audit:
     stored = ratings.read(store, model.ratings_version).where(
         F.col("ingest_id") <= (model.ratings_ingest_id or 0)
     )
-    usable = dict(zip(OTHER, models.read_factors(store, model), strict=True))
+    usable = dict(zip(OTHER, factors.read_factors(store, model), strict=True))
     usable = {side: _usable(rows, model.als.rank) for side, rows in usable.items()}
     scanned = [_residuals(retained, usable, side, model) for side in OTHER]
     ledger = store.read(factors.LEDGER, model.ledger_version)
@@ -150,13 +78,13 @@ def audit(store: Store, model: ModelVersion) -> Audit:
     )
 
 
-def _tombstoned(store: Store, model: ModelVersion, stored: DataFrame) -> int:
+def _tombstoned(store: SparkStore, model: ModelVersion, stored: DataFrame) -> int:
     """How many stored ratings a request with a receipt covers."""
     if model.receipts_version is None or model.tombstones_version is None:
         return 0
-    every = ratings.asked(store, model.tombstones_version, model.receipts_version)
-    honoured = every.where("NOT pending")
-    marked = requests.with_requests(stored, honoured, guard=True)
+    every = requests.asked(store, model.tombstones_version, model.receipts_version)
+    honoured = every.filter(pc.invert(every["pending"]))
+    marked = with_requests(stored, requests.rules(honoured, guard=True))
     return marked.where(F.size("request_ids") > 0).count()
 
 
@@ -192,15 +120,8 @@ def _residuals(
         .sortWithinPartitions("id", "is_rating")
     )
     gram = _gram(usable[OTHER[side]], als.rank) if als.implicit_prefs else None
-    equations = Equations(
-        als.rank,
-        als.reg_param,
-        als.alpha if als.implicit_prefs else None,
-        als.nonnegative,
-        gram,
-        model.floors[side],
-    )
-    return records.mapInArrow(equations.scan, _ROW_SCHEMA).withColumn("side", F.lit(side))
+    stream = Stream(als.rank, Equations.of(als, gram, model.floors[side]))
+    return records.mapInArrow(stream.scan, _ROW_SCHEMA).withColumn("side", F.lit(side))
 
 
 def _gram(rows: DataFrame, rank: int) -> NDArray[np.float64]:
@@ -270,27 +191,11 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class Equations:
-    """Computes the residuals of the equations A x = b of one side from a stream of records.
-
-    Attributes
-    ----------
-    reg_param
-        lambda.
-    alpha
-        Confidence factor of implicit preferences; None for explicit ratings.
-    gram : float64 (rank, rank)
-        Y'Y of the other side; None for explicit ratings.
-    floor
-        The least denominator of the residuals.
-    """
+class Stream:
+    """Computes the residuals of the rows of one side from a stream of records."""
 
     rank: int
-    reg_param: float
-    alpha: float | None = None
-    nonnegative: bool = False
-    gram: NDArray[np.float64] | None = field(default=None, repr=False)
-    floor: float = 0.0
+    equations: Equations
 
     def scan(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Compute one result per id from records that are sorted by (id, is_rating).
@@ -346,40 +251,18 @@ class Equations:
         row.unmatched += int(np.count_nonzero(~valid))
         r = values[valid].astype(np.float64)
         y = vectors[valid].astype(np.float64)
-        scores = y @ row.x
-        if self.alpha is None:
-            row.gradient += y.T @ (scores - r)
-            row.b += y.T @ r
-            row.penalised += len(r)
-        else:
-            confidence = self.alpha * np.abs(r)
-            wanted = np.where(r > 0, 1 + confidence, 0.0)
-            row.gradient += y.T @ (confidence * scores - wanted)
-            row.b += y.T @ wanted
-            row.penalised += int(np.count_nonzero(r > 0))
+        gradient, wanted, penalised = self.equations.terms(r, y @ row.x)
+        row.gradient += y.T @ gradient
+        row.b += y.T @ wanted
+        row.penalised += int(np.count_nonzero(penalised))
 
     def residual(self, row: _Row) -> float:
-        """||A x - b|| / max(||b||, floor), with the projected gradient if factors are nonnegative.
-
-        0 if the numerator is 0; infinite if only the denominator is 0, or if x is not usable.
-        """
+        """`Equations.residuals` of one row; infinite if x is not usable."""
         if row.x is None or row.copies != 1:
             return math.inf
-        gradient = row.gradient + self.reg_param * row.penalised * row.x
-        if self.gram is not None:
-            gradient = gradient + self.gram @ row.x
-        if self.nonnegative:
-            if (row.x < 0).any():
-                return math.inf
-            # At the boundary x can only move inwards.
-            gradient = np.where(row.x > 0, gradient, np.minimum(gradient, 0))
-        numerator, denominator = float(np.linalg.norm(gradient)), float(np.linalg.norm(row.b))
-        if not (math.isfinite(numerator) and math.isfinite(denominator)):
-            return math.inf
-        denominator = max(denominator, self.floor)
-        if denominator == 0:
-            return math.inf if numerator > 0 else 0.0
-        return numerator / denominator
+        one = np.array([row.penalised], np.float64)
+        found = self.equations.residuals(row.x[None], row.gradient[None], row.b[None], one)
+        return float(found[0])
 
     def _results(self, rows: list[_Row]) -> pa.RecordBatch:
         return pa.RecordBatch.from_arrays(

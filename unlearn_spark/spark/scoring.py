@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import (
@@ -25,10 +24,12 @@ from pyspark.sql.types import (
     StructType,
 )
 
+from unlearn_spark.core.ranking import best
 from unlearn_spark.errors import InputError
 from unlearn_spark.spark.arrow import arrays_of, binary_table, matrix_of
 from unlearn_spark.spark.placement import balanced_keys
-from unlearn_spark.tables.sql import block_of, quoted
+from unlearn_spark.spark.sql import block_of
+from unlearn_spark.tables.delta_spark import quoted
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -43,79 +44,9 @@ costs more than multiplying."""
 BLOCK_BYTES = 64 << 20
 """Largest size of a block's factors; bounds its rows at high ranks."""
 
-SCORE_BYTES = 32 << 20
-"""Size of the scores that a task holds at a time."""
-
 MAX_PARTITIONS = 4096
 
 _BLOCK_SCHEMA = "block int, ids binary, factors binary"
-
-
-def best(
-    queries: NDArray[np.float32],
-    candidates: NDArray[np.float32],
-    n: int,
-    excluded: tuple[NDArray[np.integer], NDArray[np.integer]] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Find the n best candidates of every query by scalar product.
-
-    Parameters
-    ----------
-    queries : float32 (m, rank)
-    candidates : float32 (c, rank)
-    n
-        At least 1.
-    excluded
-        Row numbers in `queries` and in `candidates`: pairs that must not be chosen.
-
-    Returns
-    -------
-    counts : int64 (m,)
-        Candidates found for each query: n, or all that are left if these are fewer.
-    chosen : int64 (counts.sum(),)
-        Row numbers in `candidates`, query by query, by falling score and then rising row.
-    scores : float32 (counts.sum(),)
-    """
-    m, c = len(queries), len(candidates)
-    counts = np.zeros(m, np.int64)
-    if m == 0 or c == 0:
-        return counts, np.zeros(0, np.int64), np.zeros(0, np.float32)
-    width = min(n, c)
-    step = max(1, SCORE_BYTES // (4 * c))
-    chosen, kept = [], []
-    if excluded is not None:
-        order = np.argsort(excluded[0], kind="stable")
-        excluded_rows, excluded_columns = excluded[0][order], excluded[1][order]
-    for first in range(0, m, step):
-        scores = queries[first : first + step] @ candidates.T
-        rows = len(scores)
-        if excluded is not None:
-            low, high = np.searchsorted(excluded_rows, [first, first + rows])
-            scores[excluded_rows[low:high] - first, excluded_columns[low:high]] = -np.inf
-        columns = _best_columns(scores, width)
-        top = np.take_along_axis(scores, columns, axis=1)
-        found = np.isfinite(top)
-        counts[first : first + rows] = found.sum(axis=1)
-        chosen.append(columns[found])
-        kept.append(top[found])
-    return counts, np.concatenate(chosen), np.concatenate(kept)
-
-
-def _best_columns(scores: NDArray[np.float32], width: int) -> NDArray[np.int64]:
-    """Columns of the `width` largest scores of each row; between equal scores, the lower column."""
-    if width < scores.shape[1]:
-        columns = np.argpartition(scores, -width, axis=1)[:, -width:]
-        threshold = np.take_along_axis(scores, columns, axis=1).min(axis=1)
-        # argpartition keeps arbitrary ones of the scores that equal the threshold. If there are
-        # more of them than places, the lower columns must win.
-        surplus = np.count_nonzero(scores >= threshold[:, None], axis=1) > width
-        for row in np.flatnonzero(surplus):
-            columns[row] = np.argsort(-scores[row], kind="stable")[:width]
-        columns.sort(axis=1)
-    else:
-        columns = np.broadcast_to(np.arange(width), scores.shape)
-    order = np.argsort(-np.take_along_axis(scores, columns, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(columns, order, axis=1)
 
 
 def top_n(

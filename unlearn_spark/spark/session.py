@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import unlearn_spark
 from unlearn_spark.errors import SettingsError, UserError
 from unlearn_spark.spark.java import ensure_java, jars_directory
-from unlearn_spark.tables.session_conf import set_if_allowed
+from unlearn_spark.spark.session_conf import set_if_allowed
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

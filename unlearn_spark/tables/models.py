@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from pyspark.sql import functions as F
-from pyspark.sql.types import LongType, StringType, StructField, StructType, TimestampType
+import pyarrow as pa
+from pydantic import ValidationError
 
 from unlearn_spark.config import AlsSettings
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import ConflictError, InputError
-from unlearn_spark.tables.store import TableSpec
+from unlearn_spark.tables.store import TIMESTAMP, TableSpec
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, Row
+    from collections.abc import Mapping
 
     from unlearn_spark.tables.store import Store
 
@@ -42,14 +42,17 @@ _LONGS = (
     "rating_changes_version",
     "receipts_version",
 )
+_SETTINGS = ("als", "layouts")
+"""Sections of a row's settings."""
+
 _TEXTS = ("kind", "settings", "metrics", "certificate", "run_id")
 
 SPEC = TableSpec(
-    StructType(
+    pa.schema(
         [
-            *(StructField(name, LongType()) for name in _LONGS),
-            *(StructField(name, StringType()) for name in _TEXTS),
-            StructField("published_at", TimestampType()),
+            *(pa.field(name, pa.int64()) for name in _LONGS),
+            *(pa.field(name, pa.string()) for name in _TEXTS),
+            pa.field("published_at", TIMESTAMP),
         ]
     )
 )
@@ -124,18 +127,24 @@ class ModelVersion:
         return float(reached) if math.isfinite(reached) else 0.0
 
     @classmethod
-    def from_row(cls, row: Row) -> ModelVersion:
-        values = row.asDict()
+    def from_row(cls, row: Mapping[str, Any]) -> ModelVersion:
+        """The version from a row of the table."""
+        values = dict(row)
         for name in ("settings", "metrics", "certificate"):
             values[name] = json.loads(values[name] or "{}")
         return cls(**{f.name: values[f.name] for f in fields(cls)})
 
-    def to_values(self) -> tuple[Any, ...]:
-        """Values in the order of the table's columns."""
+    def to_row(self) -> dict[str, Any]:
+        """Its row of the table."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("settings", "metrics", "certificate"):
             values[name] = json.dumps(values[name], default=float)
-        return tuple(values[f.name] for f in SPEC.schema.fields)
+        return values
+
+    @property
+    def sizes(self) -> Sizes:
+        """Its numbers of users and items, and of the ratings that it was fitted to."""
+        return Sizes(**{f.name: int(self.metrics[f.name]) for f in fields(Sizes)})
 
 
 @dataclass(frozen=True)
@@ -153,17 +162,43 @@ class Sizes:
 
 
 def versions(store: Store) -> list[ModelVersion]:
-    """All published versions, oldest first."""
-    rows = store.read(TABLE).orderBy("model_version").collect()
-    return [ModelVersion.from_row(row) for row in rows]
+    """All published versions, oldest first. Raises TableMissingError before the first training."""
+    return [ModelVersion.from_row(row) for row in _rows(store)]
+
+
+def _rows(store: Store) -> list[dict[str, Any]]:
+    """All rows of the table, oldest first."""
+    rows: list[dict[str, Any]] = store.arrow(TABLE).sort_by("model_version").to_pylist()
+    return rows
 
 
 def newest(store: Store) -> ModelVersion | None:
-    """The newest published version, or None before the first training."""
-    if not store.exists(TABLE):
-        return None
-    row = store.read(TABLE).orderBy(F.desc("model_version")).first()
-    return None if row is None else ModelVersion.from_row(row)
+    """The newest published version, or None before the first training.
+
+    Raises
+    ------
+    InputError
+        A newer version of this software wrote it.
+    """
+    known = _rows(store) if store.exists(TABLE) else []
+    return _understood(known[-1]) if known else None
+
+
+def _understood(row: Mapping[str, Any]) -> ModelVersion:
+    """The version from a row of which this software knows every setting and every filled column."""
+    model = ModelVersion.from_row(row)
+    unknown = [name for name in row if name not in SPEC.schema.names and row[name] is not None]
+    unknown += [f"setting {name}" for name in model.settings if name not in _SETTINGS]
+    try:
+        AlsSettings.model_validate(model.settings.get("als", {}))
+    except ValidationError as error:
+        unknown += [".".join(("setting als", *map(str, e["loc"]))) for e in error.errors()]
+    if unknown:
+        raise InputError(
+            f"table {TABLE}: model version {model.model_version} was written by a newer version of "
+            f"this software ({unknown[0]} is unknown here); upgrade unlearn-spark"
+        )
+    return model
 
 
 def published(store: Store, model_version: int | None = None) -> ModelVersion:
@@ -174,22 +209,17 @@ def published(store: Store, model_version: int | None = None) -> ModelVersion:
     TableMissingError
         No version was ever published.
     InputError
-        That version does not exist.
+        That version does not exist, or a newer version of this software wrote it.
     """
-    store.require(TABLE)
-    rows = store.read(TABLE)
-    if model_version is None:
-        row = rows.orderBy(F.desc("model_version")).first()
-    else:
-        row = rows.where(F.col("model_version") == model_version).first()
-    if row is None:
-        known = [r["model_version"] for r in rows.select("model_version").collect()]
-        wanted = "a model" if model_version is None else f"model version {model_version}"
+    known = {row["model_version"]: row for row in _rows(store)}
+    wanted = max(known, default=None) if model_version is None else model_version
+    if wanted is None or wanted not in known:
+        what = "a model" if model_version is None else f"model version {model_version}"
         raise InputError(
-            f"{wanted} is not published; "
-            + (f"versions are {sorted(known)}" if known else "run jobs/train.py first")
+            f"{what} is not published; "
+            + (f"versions are {sorted(known)}" if known else "run job train first")
         )
-    return ModelVersion.from_row(row)
+    return _understood(known[wanted])
 
 
 def publish(store: Store, model: ModelVersion) -> ModelVersion:
@@ -202,39 +232,10 @@ def publish(store: Store, model: ModelVersion) -> ModelVersion:
     """
     store.create(TABLE, SPEC)
     model = replace(model, run_id=uuid.uuid4().hex, published_at=datetime.now(UTC))
-    row = store.frame([model.to_values()], SPEC.schema)
-    # Of two racing publishers one must lose: a merge without a partition predicate conflicts with
-    # every concurrent commit, and its condition finds a row that was committed before.
-    inserted = store.merge(
-        TABLE,
-        row,
-        "t.model_version >= s.model_version",
-        ["WHEN NOT MATCHED THEN INSERT *"],
-    )
-    if not inserted:
+    row = pa.Table.from_pylist([model.to_row()], schema=SPEC.schema)
+    if not store.insert(TABLE, row, "t.model_version >= s.model_version"):
         raise ConflictError(
             f"model version {model.model_version} was published by another job meanwhile; "
             "run this job again"
         )
     return model
-
-
-def read_factors(store: Store, model: ModelVersion) -> tuple[DataFrame, DataFrame]:
-    """User and item factors of a version: id, block, slot, n_ratings, factors array<float>."""
-    return (
-        store.read("user_factors", model.user_factors_version),
-        store.read("item_factors", model.item_factors_version),
-    )
-
-
-def sizes(store: Store, model: ModelVersion) -> Sizes:
-    """The sizes of a version: from its metrics, else counted."""
-    if all(field.name in model.metrics for field in fields(Sizes)):
-        return Sizes(**{field.name: int(model.metrics[field.name]) for field in fields(Sizes)})
-    users, items = (
-        rows.agg(F.count(F.lit(1)).alias("n"), F.sum("n_ratings").alias("ratings"))
-        for rows in read_factors(store, model)
-    )
-    row = users.crossJoin(items.select(F.col("n").alias("items"))).first()
-    assert row is not None
-    return Sizes(row["n"], row["items"], row["ratings"] or 0)

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pyspark.sql import functions as F
-from pyspark.sql import types as T
+import pyarrow as pa
 
-from unlearn_spark.tables.store import Store, TableSpec
+from unlearn_spark.tables.relational import query
+from unlearn_spark.tables.store import TIMESTAMP, TableSpec
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from unlearn_spark.tables.store import Store
 
 TABLE = "quarantine"
 
+MOST_KEPT = 1_000_000
+"""Most refused rows of one ingestion that are kept, because they pass through the driver. The
+figures of a job count them all."""
+
 SPEC = TableSpec(
-    schema=T.StructType(
+    pa.schema(
         [
-            T.StructField("source", T.StringType()),
-            T.StructField("raw", T.StringType()),
-            T.StructField("reason", T.StringType()),
+            pa.field("source", pa.string()),
+            pa.field("raw", pa.string()),
+            pa.field("reason", pa.string()),
             # The ids that could be read, so that quarantined rows can be erased as well.
-            T.StructField("user_id", T.StringType()),
-            T.StructField("item_id", T.StringType()),
-            T.StructField("quarantined_at", T.TimestampType()),
+            pa.field("user_id", pa.string()),
+            pa.field("item_id", pa.string()),
+            pa.field("quarantined_at", TIMESTAMP),
         ]
-    )
+    ),
 )
 
 
-def add(store: Store, source: str, rows: DataFrame) -> int:
+def add(store: Store, source: str, rows: pa.Table) -> int:
     """Add refused rows that are not there yet; return the Delta version that holds them.
 
     Parameters
@@ -41,11 +46,19 @@ def add(store: Store, source: str, rows: DataFrame) -> int:
         an input again adds nothing.
     """
     store.create(TABLE, SPEC)
-    known = store.read(TABLE).where(F.col("source") == source)
-    known = known.select("raw", "reason").distinct().toDF("known_raw", "known_reason")
-    is_known = F.col("raw").eqNullSafe(F.col("known_raw")) & (
-        F.col("reason") == F.col("known_reason")
+    known = store.arrow(TABLE, columns=["source", "raw", "reason"])
+    fresh = query(
+        """
+        SELECT $source AS source, rows.*, CAST($now AS TIMESTAMPTZ) AS quarantined_at
+        FROM rows WHERE NOT EXISTS (
+            FROM known WHERE known.source = $source
+            AND known.raw IS NOT DISTINCT FROM rows.raw AND known.reason = rows.reason
+        )
+        """,
+        {"source": source, "now": datetime.now(UTC).isoformat()},
+        rows=rows.select(["raw", "reason", "user_id", "item_id"]),
+        known=known,
     )
-    fresh = rows.withColumn("source", F.lit(source)).join(known, is_known, "left_anti")
-    fresh = fresh.withColumn("quarantined_at", F.current_timestamp())
-    return store.append(TABLE, fresh.select(*SPEC.schema.names))
+    if not fresh.num_rows:
+        return store.version(TABLE)
+    return store.append(TABLE, fresh.cast(SPEC.schema))

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pyspark.sql.types import (
-    DoubleType,
-    LongType,
-    StringType,
-    StructField,
-    StructType,
-    TimestampType,
-)
+import pyarrow as pa
 
-from unlearn_spark.tables.store import TableSpec
+from unlearn_spark.tables.store import TIMESTAMP, TableSpec
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
-
     from unlearn_spark.tables.models import ModelVersion
     from unlearn_spark.tables.store import Store
 
@@ -26,37 +17,38 @@ TABLE = "receipts"
 _OF_THE_NIGHT = {"comment": "of the whole night that honoured the request"}
 
 SPEC = TableSpec(
-    StructType(
+    pa.schema(
         [
-            StructField("request_id", StringType()),
-            StructField("model_version", LongType()),
-            StructField("ratings_removed", LongType()),
+            pa.field("request_id", pa.string()),
+            pa.field("model_version", pa.int64()),
+            pa.field("ratings_removed", pa.int64()),
             # The requests of a night share its work.
-            StructField("rows_resolved", LongType(), metadata=_OF_THE_NIGHT),
-            StructField("max_residual", DoubleType(), metadata=_OF_THE_NIGHT),
-            StructField("honoured_at", TimestampType()),
-            StructField("purged_at", TimestampType()),
+            pa.field("rows_resolved", pa.int64(), metadata=_OF_THE_NIGHT),
+            pa.field("max_residual", pa.float64(), metadata=_OF_THE_NIGHT),
+            pa.field("honoured_at", TIMESTAMP),
+            pa.field("purged_at", TIMESTAMP),
         ]
     ),
 )
 
 
-def read(store: Store, version: int) -> DataFrame:
+def read(store: Store, version: int) -> pa.Table:
     """Receipts at the Delta version that a model names.
 
     Columns: request_id; model_version that honoured it; ratings_removed by this request;
     rows_resolved and max_residual of the whole night; honoured_at, purged_at (timestamps).
     """
-    return store.read(TABLE, version)
+    return store.arrow(TABLE, version)
 
 
-def append(store: Store, model: ModelVersion, rows: DataFrame) -> int:
+def append(store: Store, model: ModelVersion, rows: pa.Table) -> int:
     """Replace the table by the receipts of `model` and these rows; return the Delta version.
 
     One commit, so that nothing mixes in that a dead job left or another job writes meanwhile.
     """
     store.create(TABLE, SPEC)
-    rows = rows.select(*SPEC.schema.names)
+    rows = rows.select(SPEC.schema.names).cast(SPEC.schema)
     if model.receipts_version is not None:
-        rows = read(store, model.receipts_version).unionByName(rows)
+        earlier = read(store, model.receipts_version)
+        rows = pa.concat_tables([earlier.select(SPEC.schema.names).cast(SPEC.schema), rows])
     return store.overwrite(TABLE, rows)

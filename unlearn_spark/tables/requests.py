@@ -18,23 +18,62 @@ done     covers nothing: what comes in again is welcome
 Ingestion asks what may be stored; it treats every lifted tombstone as done (`guard`).
 
 A rating whose time is unknown counts as older than every request, and is in no window.
+
+This module turns requests into rules; an engine finds the ratings that the rules cover.
 """
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import TYPE_CHECKING
 
-from pyspark.sql import functions as F
-from pyspark.sql import types as T
+import pyarrow as pa
+
+from unlearn_spark.tables import receipts, tombstones
+from unlearn_spark.tables.relational import query
+from unlearn_spark.tables.store import TIMESTAMP
+from unlearn_spark.tables.tombstones import SPEC
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+    from unlearn_spark.tables.store import Store
 
 SCOPES = ("user", "item", "rating", "window", "reinstate")
 
+LIFT = "reinstate"
+"""The scope that deletes nothing and lifts earlier requests."""
 
-def effective(tombstones: DataFrame, done: DataFrame | None = None) -> DataFrame:
+EFFECTIVE = pa.schema(
+    [*SPEC.schema, pa.field("reinstated_at", TIMESTAMP), pa.field("pending", pa.bool_())]
+)
+"""Columns of `effective`."""
+
+
+def asked(store: Store, tombstones_version: int, receipts_version: int | None) -> pa.Table:
+    """The requests (`effective`) at a version of the tombstones; those without a receipt at
+    `receipts_version` (None: there are no receipts) are pending."""
+    done = None if receipts_version is None else receipts.read(store, receipts_version)
+    return effective(tombstones.read(store, tombstones_version), done)
+
+
+def rules_of(
+    store: Store, tombstones_version: int | None, receipts_version: int | None
+) -> pa.Table | None:
+    """The `rules` that say what may not be learnt; None: there are none.
+
+    Parameters
+    ----------
+    tombstones_version
+        As from `tombstones.version`; None: there are no requests.
+    receipts_version
+        Delta version of the receipts that the published model names; None: there are none. A
+        request without a receipt covers what it names even if it was lifted since.
+    """
+    if tombstones_version is None:
+        return None
+    found = rules(asked(store, tombstones_version, receipts_version), guard=False)
+    return found if found.num_rows else None
+
+
+def effective(every: pa.Table, done: pa.Table | None = None) -> pa.Table:
     """The deletion requests among the tombstones, with two more columns.
 
     `reinstated_at` (timestamp) is the first reinstatement of the request's user or item that is
@@ -44,158 +83,85 @@ def effective(tombstones: DataFrame, done: DataFrame | None = None) -> DataFrame
 
     Parameters
     ----------
+    every
+        The whole tombstones table: a part of it does not show which requests were lifted.
     done
         Receipts, with `request_id`; None: there are none.
     """
-    lifts = tombstones.where(F.col("scope") == "reinstate")
-    lifts = lifts.select(
-        F.explode(
-            F.array(
-                *[
-                    F.struct(F.lit(scope).alias("scope"), F.col(f"{scope}_id").alias("id"))
-                    for scope in ("user", "item")
-                ]
-            )
-        ).alias("lifted"),
-        F.col("requested_at").alias("at"),
-    ).where(F.col("lifted.id").isNotNull())
-    lifts = lifts.groupBy(
-        F.col("lifted.scope").alias("lift_scope"), F.col("lifted.id").alias("lift_id")
-    ).agg(F.collect_list("at").alias("lifts"))
-    requests = tombstones.where(F.col("scope") != "reinstate")
-    target = F.when(F.col("scope") == "user", F.col("user_id")).when(
-        F.col("scope") == "item", F.col("item_id")
-    )
-    joined = requests.join(
-        F.broadcast(lifts),
-        (F.col("scope") == F.col("lift_scope")) & (target == F.col("lift_id")),
-        "left",
-    )
-    later = F.filter("lifts", lambda at: at > F.col("requested_at"))
-    found = joined.withColumn("reinstated_at", F.array_min(later)).drop(
-        "lift_scope", "lift_id", "lifts"
-    )
     if done is None:
-        return found.withColumn("pending", F.lit(True))
-    answered = done.select("request_id", F.lit(False).alias("pending")).distinct()
-    found = found.join(answered, "request_id", "left")
-    return found.withColumn("pending", F.coalesce("pending", F.lit(True)))
-
-
-def covered(
-    ratings: DataFrame,
-    tombstones: DataFrame,
-    guard: bool,
-) -> DataFrame:
-    """The ratings that requests cover: one row per rating and request, with its `request_id`.
-
-    Parameters
-    ----------
-    ratings
-        user_id and item_id (string or bigint), rated_at timestamp, and any other columns.
-    tombstones
-        The whole tombstones table, or some rows of its `effective`: a part of the table does not
-        show which requests were lifted. It is broadcast, so it must fit in memory.
-    guard
-        True: find what may not be stored. False: find what must be removed or may not be learnt
-        (see the module).
-    """
-    marked = with_requests(ratings, tombstones, guard)
-    return marked.withColumn("request_id", F.explode("request_ids")).drop("request_ids")
-
-
-def retained(
-    ratings: DataFrame,
-    tombstones: DataFrame,
-    guard: bool,
-) -> DataFrame:
-    """The ratings that no request covers; parameters as for `covered`."""
-    marked = with_requests(ratings, tombstones, guard)
-    return marked.where(F.size("request_ids") == 0).drop("request_ids")
-
-
-def with_requests(
-    ratings: DataFrame,
-    tombstones: DataFrame,
-    guard: bool,
-) -> DataFrame:
-    """The ratings with `request_ids` array<string>: the requests that cover each, in order.
-
-    Parameters as for `covered`.
-    """
-    if "reinstated_at" not in tombstones.columns:
-        tombstones = effective(tombstones)
-    rules = _rules(tombstones, guard)
-    nothing = F.array().cast("array<string>")
-    marked = ratings
-    found = []
-    for side in ("user", "item"):
-        mine = _by_id(rules.where(F.col("by") == side), ratings, f"{side}_id")
-        mine = mine.toDF(f"__{side}_id", f"__{side}_rules")
-        marked = marked.join(
-            F.broadcast(mine), F.col(f"{side}_id") == F.col(f"__{side}_id"), "left"
-        ).drop(f"__{side}_id")
-        here = F.col(f"__{side}_rules")
-        holding = F.filter(here, _holds)
-        names = F.transform(holding, lambda rule: rule["request_id"])
-        found.append(F.when(here.isNull(), nothing).otherwise(names))
-    return marked.withColumn("request_ids", F.array_sort(F.concat(*found))).drop(
-        "__user_rules", "__item_rules"
+        done = pa.table({"request_id": pa.array([], pa.string())})
+    found = query(
+        """
+        WITH lifts AS (
+            SELECT 'user' AS scope, user_id AS id, requested_at AS moment
+            FROM tombstones WHERE scope = 'reinstate' AND user_id IS NOT NULL
+            UNION ALL
+            SELECT 'item', item_id, requested_at
+            FROM tombstones WHERE scope = 'reinstate' AND item_id IS NOT NULL
+        ), requests AS (
+            SELECT row_number() OVER () AS place, * FROM tombstones WHERE scope <> 'reinstate'
+        ), lifted AS (
+            SELECT place, min(moment) AS reinstated_at
+            FROM requests JOIN lifts ON lifts.scope = requests.scope AND moment > requested_at
+            AND lifts.id = CASE requests.scope WHEN 'user' THEN user_id ELSE item_id END
+            GROUP BY place
+        )
+        SELECT requests.* EXCLUDE (place), reinstated_at,
+            request_id NOT IN (SELECT request_id FROM done WHERE request_id IS NOT NULL) AS pending
+        FROM requests LEFT JOIN lifted USING (place) ORDER BY place
+        """,
+        tombstones=every.select(SPEC.schema.names),
+        done=done.select(["request_id"]),
     )
+    return found.cast(EFFECTIVE)
 
 
-def _rules(requests: DataFrame, guard: bool) -> DataFrame:
-    """(by, id, rule): every request in one form, looked up by its user or its item.
+def rules(requests: pa.Table, guard: bool) -> pa.Table:
+    """Every request in one form, looked up by its user or its item.
 
     A rule covers a rating of that id if all its non-null fields hold: the item matches, the time is
     in [from, to), and it is not after `until`.
+
+    Parameters
+    ----------
+    requests
+        Rows of `effective`.
+    guard
+        True: find what may not be stored. False: find what must be removed or may not be learnt
+        (see the module).
+
+    Returns
+    -------
+    pa.Table
+        by ("user" or "item"), id, request_id, item: strings; from, to, until: timestamps.
     """
-    scope = F.col("scope")
-    lifted = F.col("reinstated_at").isNotNull()
-    covers_nothing = lifted & scope.isin("user", "item")
-    if not guard:
-        covers_nothing &= ~F.col("pending")
-    open_ended = scope.isin("user", "item") & ~lifted
-    rule = F.struct(
-        F.col("request_id"),
-        F.when(scope == "rating", F.col("item_id")).alias("item"),
-        F.when(scope == "window", F.col("from_ts")).alias("from"),
-        F.when(scope == "window", F.col("to_ts")).alias("to"),
-        F.when(~open_ended, F.col("requested_at")).alias("until"),
-    )
-    by_item = scope == "item"
-    return requests.where(~covers_nothing).select(
-        F.when(by_item, "item").otherwise("user").alias("by"),
-        F.when(by_item, F.col("item_id")).otherwise(F.col("user_id")).alias("id"),
-        rule.alias("rule"),
-    )
+    return query(
+        """
+        SELECT
+            CASE scope WHEN 'item' THEN 'item' ELSE 'user' END AS by,
+            CASE scope WHEN 'item' THEN item_id ELSE user_id END AS id,
+            request_id,
+            CASE WHEN scope = 'rating' THEN item_id END AS item,
+            CASE WHEN scope = 'window' THEN from_ts END AS "from",
+            CASE WHEN scope = 'window' THEN to_ts END AS "to",
+            CASE WHEN NOT is_open_ended THEN requested_at END AS until
+        FROM (
+            SELECT *,
+                scope IN ('user', 'item') AND reinstated_at IS NULL AS is_open_ended,
+                scope IN ('user', 'item') AND reinstated_at IS NOT NULL
+                    AND ($guard OR NOT pending) AS covers_nothing
+            FROM requests
+        ) WHERE NOT covers_nothing
+        """,
+        {"guard": guard},
+        requests=requests,
+    ).cast(RULES)
 
 
-def _by_id(rules: DataFrame, ratings: DataFrame, column: str) -> DataFrame:
-    """(id in the ratings' type, array of rules), without ids that are no value of that type."""
-    cast = typed_id(F.col("id"), ratings.schema[column].dataType)
-    rules = rules.select(cast.alias("id"), "rule").where(F.col("id").isNotNull())
-    return rules.groupBy("id").agg(F.collect_list("rule").alias("rules"))
-
-
-def typed_id(id: Column, kind: T.DataType) -> Column:
-    """A string id in the type of a ratings column; null unless that type writes it so (not 007).
-
-    Casting the few ids of the requests, not the many of the ratings, keeps joins cheap.
-    """
-    if isinstance(kind, T.StringType):
-        return id
-    number = id.try_cast(kind)
-    return F.when(number.cast("string") == id, number)
-
-
-def _holds(rule: Column) -> Column:
-    rated_at = F.col("rated_at")
-    same_item = rule["item"] == F.col("item_id").cast("string")
-    tests = [
-        rule["item"].isNull() | same_item,
-        rule["from"].isNull() | F.coalesce(rated_at >= rule["from"], F.lit(False)),
-        rule["to"].isNull() | F.coalesce(rated_at < rule["to"], F.lit(False)),
-        rule["until"].isNull() | F.coalesce(rated_at <= rule["until"], F.lit(True)),
+RULES = pa.schema(
+    [
+        *[pa.field(name, pa.string()) for name in ("by", "id", "request_id", "item")],
+        *[pa.field(name, TIMESTAMP) for name in ("from", "to", "until")],
     ]
-    return reduce(lambda left, right: left & right, tests)
+)
+"""Columns of `rules`."""

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pyspark.sql import functions as F
-from pyspark.sql import types as T
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from unlearn_spark.tables.store import Store, TableSpec
+from unlearn_spark.tables.store import TIMESTAMP, TableSpec
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from unlearn_spark.tables.store import Store
 
 TABLE = "tombstones"
 TEXTS = ("request_id", "scope", "user_id", "item_id")
 TIMES = ("from_ts", "to_ts", "requested_at")
 SPEC = TableSpec(
-    schema=T.StructType(
+    pa.schema(
         [
-            *[T.StructField(name, T.StringType()) for name in TEXTS],
-            *[T.StructField(name, T.TimestampType()) for name in TIMES],
-            T.StructField("accepted_at", T.TimestampType()),
+            *[pa.field(name, pa.string()) for name in TEXTS],
+            *[pa.field(name, TIMESTAMP) for name in TIMES],
+            pa.field("accepted_at", TIMESTAMP),
         ]
     )
 )
@@ -31,9 +32,9 @@ def exists(store: Store) -> bool:
     return store.exists(TABLE)
 
 
-def read(store: Store, version: int | None = None) -> DataFrame:
+def read(store: Store, version: int | None = None) -> pa.Table:
     """Tombstones (columns as in `SPEC`) at a Delta version; None: the newest."""
-    return store.read(TABLE, version)
+    return store.arrow(TABLE, version)
 
 
 def version(store: Store) -> int | None:
@@ -41,7 +42,7 @@ def version(store: Store) -> int | None:
     return store.version(TABLE) if exists(store) else None
 
 
-def append(store: Store, accepted: DataFrame) -> int:
+def append(store: Store, accepted: pa.Table) -> int:
     """Add requests that are not there yet; return the newest Delta version.
 
     Parameters
@@ -49,10 +50,10 @@ def append(store: Store, accepted: DataFrame) -> int:
     accepted
         The columns of a request; a null `requested_at` becomes the current time.
     """
-    now = F.current_timestamp()
-    accepted = accepted.withColumn("requested_at", F.coalesce("requested_at", now))
-    accepted = accepted.withColumn("accepted_at", now).select(*SPEC.schema.names)
-    # A merge that only inserts: a blind append would not see what a concurrent job accepted.
-    insert = ["WHEN NOT MATCHED THEN INSERT *"]
-    store.merge(TABLE, accepted, "t.request_id = s.request_id", insert)
+    now = pa.scalar(datetime.now(UTC), TIMESTAMP)
+    columns = {name: accepted[name].cast(SPEC.schema.field(name).type) for name in TEXTS + TIMES}
+    columns["requested_at"] = pc.fill_null(columns["requested_at"], now)
+    columns["accepted_at"] = pa.repeat(now, accepted.num_rows)
+    # An append would not see what a concurrent job accepted.
+    store.insert(TABLE, pa.table(columns, schema=SPEC.schema), "t.request_id = s.request_id")
     return store.version(TABLE)

@@ -14,9 +14,9 @@ from pyspark.sql import types as T
 
 from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.errors import InputError, SettingsError
-from unlearn_spark.ingestion.factors import read_factors
+from unlearn_spark.spark.ingest.factors import read_factors
+from unlearn_spark.spark.sql import bound_expression
 from unlearn_spark.spark.training.adoption import adopt_factors
-from unlearn_spark.tables.sql import bound_expression
 
 EXECUTION = ExecutionSettings()
 RANK = 3
@@ -67,7 +67,7 @@ def as_ours(factors):
 @pytest.mark.parametrize(
     "more",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"implicit_prefs": True, "alpha": 2.0}, marks=pytest.mark.slow),
         pytest.param({"nonnegative": True}, marks=pytest.mark.slow),
     ],
@@ -121,7 +121,7 @@ def objective(pairs, users, items, als):
     return loss + als.reg_param * penalty
 
 
-@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("implicit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_objective_of_factors_as_they_are(spark, rated, implicit):
     als = AlsSettings(rank=RANK, reg_param=0.1, implicit_prefs=implicit, alpha=2.0)
     random = np.random.default_rng(2)
@@ -141,6 +141,7 @@ def test_objective_of_factors_as_they_are(spark, rated, implicit):
     adopted.release()
 
 
+@pytest.mark.slow
 def test_converging_starts_where_the_factors_are_and_new_rows_start_afresh(spark, rated):
     als = AlsSettings(rank=RANK, reg_param=0.1, tol=1e-3)
     users, items = (as_ours(side) for side in mllib(rated, als, 10))
@@ -337,7 +338,16 @@ BAD_PARQUET = {
 }
 
 
-@pytest.mark.parametrize(("sides", "problem"), BAD_PARQUET.values(), ids=BAD_PARQUET)
+BY_DEFAULT = ("no rows", "id type", "null id", "ranks differ")
+
+
+@pytest.mark.parametrize(
+    ("sides", "problem"),
+    [
+        pytest.param(*case, id=name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow])
+        for name, case in BAD_PARQUET.items()
+    ],
+)
 def test_bad_parquet(spark, tmp_path, sides, problem):
     for side, query in sides.items():
         if query is not None:

@@ -9,8 +9,8 @@ from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.solver import MESSAGE_BYTES
 from unlearn_spark.errors import InputError
+from unlearn_spark.spark.session_conf import session_conf
 from unlearn_spark.spark.training.training import fit_factors
-from unlearn_spark.tables.session_conf import session_conf
 
 
 def small_ratings(seed, n_users=40, n_items=25, share=0.3):
@@ -61,17 +61,19 @@ def predictions(result):
     return key, np.array([x[i] for i in key[0]]) @ np.array([y[i] for i in key[1]]).T
 
 
-ONE_TO_MANY = [(1, "bigint"), (2, "string"), (3, "bigint"), (60, "bigint")]
+FEW = [(1, "bigint"), (3, "bigint")]
+MORE = [(2, "string"), (60, "bigint")]
 
 
 @pytest.mark.parametrize(
     ("implicit", "cuts"),
     [
-        (False, ONE_TO_MANY),
-        (True, ONE_TO_MANY[::2]),
-        pytest.param(True, ONE_TO_MANY[1::2], marks=pytest.mark.slow),
+        (False, FEW),
+        pytest.param(True, FEW, marks=pytest.mark.slow),
+        pytest.param(False, MORE, marks=pytest.mark.slow),
+        (True, MORE),
     ],
-    ids=["explicit", "implicit", "implicit, other cuts"],
+    ids=["explicit", "implicit", "explicit, other cuts", "implicit, other cuts"],
 )
 def test_blocked_fit_equals_the_textbook_for_any_blocks_and_ids(spark, implicit, cuts):
     users, items, values = small_ratings(1)
@@ -172,6 +174,7 @@ def test_it_converges_to_rows_that_solve_their_equations(spark):
     again.release()
 
 
+@pytest.mark.slow
 def test_noiseless_low_rank_data_is_recovered(spark):
     random = np.random.default_rng(4)
     truth = random.normal(size=(30, 2)) @ random.normal(size=(20, 2)).T

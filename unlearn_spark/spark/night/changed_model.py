@@ -17,18 +17,18 @@ from unlearn_spark import publishing
 from unlearn_spark.concurrency import run_concurrently
 from unlearn_spark.core.blocks import SIDES, other_side
 from unlearn_spark.core.initial import initial_factors
+from unlearn_spark.spark import factors
 from unlearn_spark.spark.arrow import list_column
 from unlearn_spark.spark.frames import aggregates_of, gram_of, materialise
-from unlearn_spark.tables import models
-from unlearn_spark.tables.sql import block_of, in_blocks
+from unlearn_spark.spark.sql import block_of, in_blocks
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
     from unlearn_spark.config import AlsSettings
     from unlearn_spark.spark.night.changes import Changes
-    from unlearn_spark.tables.models import ModelVersion, Sizes
-    from unlearn_spark.tables.store import Store
+    from unlearn_spark.tables.delta_spark import SparkStore
+    from unlearn_spark.tables.models import ModelVersion
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,15 @@ class ChangedModel:
 
 
 def change_model(
-    store: Store, model: ModelVersion, changes: Changes, sizes: Sizes, checkpoint: str
+    store: SparkStore, model: ModelVersion, changes: Changes, checkpoint: str
 ) -> ChangedModel:
     """Find the rows whose ratings change, and give new rows their slots and starting factors.
 
-    `sizes` are the published model's; `checkpoint` is `execution.checkpoint`.
+    `checkpoint` is `execution.checkpoint`.
     """
     als, version = model.als, publishing.next_version(model)
     layouts = {side: dict(model.settings["layouts"][side]) for side in SIDES}
-    published = dict(zip(SIDES, models.read_factors(store, model), strict=True))
+    published = dict(zip(SIDES, factors.read_factors(store, model), strict=True))
     touched = run_concurrently(
         {
             side: partial(
@@ -125,7 +125,7 @@ def change_model(
             "slotted": lambda: materialise(_slotted(changes.pairs, touched), checkpoint),
         }
     )
-    before = {"user": sizes.users, "item": sizes.items}
+    before = {"user": model.sizes.users, "item": model.sizes.items}
     for side in SIDES:
         largest = found["sizes"][side][1]
         layouts[side]["n_slots"] = max(layouts[side]["n_slots"], largest + 1)
@@ -138,7 +138,7 @@ def change_model(
         for side in SIDES:
             grams[side] = gram_of(published[side], als.rank)
             change = -gram_of(touched[side].where("n_ratings <= 0"), als.rank)
-            if changes.n_added:
+            if changes.counts.n_added:
                 change += gram_of(touched[side].where("is_new"), als.rank)
             gram_changes[side] = change
     return ChangedModel(
@@ -148,7 +148,7 @@ def change_model(
         touched=touched,
         new_changes=by_side[0].unionByName(by_side[1]),
         n_rows={side: before[side] + found["sizes"][side][0] for side in SIDES},
-        adds=bool(changes.n_added),
+        adds=bool(changes.counts.n_added),
         grams=grams,
         gram_changes=gram_changes,
     )
@@ -168,7 +168,7 @@ def _touched(
     )
     published = published.where(in_blocks(changes.blocks[side]))
     rows = published.join(F.broadcast(deltas), "id").withColumn("is_new", F.lit(False))
-    if changes.n_added:
+    if changes.counts.n_added:
         known = F.broadcast(rows.select("id"))
         unknown = deltas.where("delta > 0").join(known, "id", "left_anti")
         placed = _placed(unknown, published, n_blocks)

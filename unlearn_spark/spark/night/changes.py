@@ -6,31 +6,31 @@ job died after it deleted ratings, the next one finds the same work again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import functions as F
 
-from unlearn_spark.concurrency import run_concurrently
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.errors import InputError
+from unlearn_spark.nightly import MOST_NAMED, Counts, unanswered
+from unlearn_spark.spark import ratings, requests
 from unlearn_spark.spark.frames import materialise
-from unlearn_spark.tables import ratings, requests, tombstones
-from unlearn_spark.tables.sql import block_of
+from unlearn_spark.spark.sql import block_of
+from unlearn_spark.tables import tombstones
+from unlearn_spark.tables.requests import rules, rules_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
+    from unlearn_spark.tables.delta_spark import SparkStore
     from unlearn_spark.tables.models import ModelVersion
-    from unlearn_spark.tables.store import Store
 
 FEW_USERS = 128
 """The ratings of up to so many users are a small part of all, and Delta skips the rest."""
-
-MOST_NAMED = 1000
-"""Largest number of requests without ratings that a job lists; all of them get receipts."""
-
-LIFT = "reinstate"
 
 PAIR = ["user_id", "item_id"]
 
@@ -42,21 +42,18 @@ class News:
     Attributes
     ----------
     pending
-        Requests without a receipt (`requests.effective`); None if there never was a request.
+        Requests without a receipt (`requests.effective`).
     lifts
-        Reinstatements since the published model, which may let in ratings that it left out; None
-        if there are none.
-    scopes
-        The number of `pending` and `lifts` of each scope.
+        Reinstatements since the published model, which may let in ratings that it left out
+        (columns of the tombstones).
     n_users
         The approximate number of users with newly ingested ratings.
     ratings_version, ingest_id, tombstones_version
         The Delta versions and the newest ingest that were read.
     """
 
-    pending: DataFrame | None
-    lifts: DataFrame | None
-    scopes: dict[str, int]
+    pending: pa.Table
+    lifts: pa.Table
     n_users: int
     ratings_version: int
     ingest_id: int
@@ -64,17 +61,27 @@ class News:
 
     @property
     def n_requests(self) -> int:
-        return sum(n for scope, n in self.scopes.items() if scope != LIFT)
+        return self.pending.num_rows
 
     @property
     def may_add(self) -> bool:
         """Whether ratings may enter the model."""
-        return bool(self.n_users) or self.lifts is not None
+        return bool(self.n_users or self.lifts.num_rows)
+
+    @property
+    def of_users(self) -> pa.Table:
+        """The pending requests that name a user."""
+        return self.pending.filter(pc.not_equal(self.pending["scope"], "item"))
+
+    @property
+    def of_items(self) -> pa.Table:
+        """The pending requests that name an item alone."""
+        return self.pending.filter(pc.equal(self.pending["scope"], "item"))
 
     @property
     def is_small(self) -> bool:
         """Whether the night reads little enough of the ratings table for `SMALL_QUERIES`."""
-        reads_everything = "item" in self.scopes or self.lifts is not None
+        reads_everything = self.of_items.num_rows or self.lifts.num_rows
         return not reads_everything and self.n_requests + self.n_users <= FEW_USERS
 
 
@@ -85,45 +92,28 @@ class Changes:
     Attributes
     ----------
     removed
-        user_id, item_id, request_id: one row for each request and rating that it covers, in the
-        model or not.
+        By request_id of every pending request: the number of ratings that it covers, in the model
+        or not.
     stored
         user_id, item_id of the ratings to delete: the covered ones in the table's newest version.
-        They exclude pairs of `removed` that were rated again after the request.
+        They exclude covered pairs that were rated again after the request.
     pairs
         user_id, item_id, value, change (-1 leaves the model, +1 enters it).
     blocks
         By side: the blocks of the rows of `pairs`.
-    n_removed, n_added
-        The number of ratings that requests take out of the model, and of new or corrected ratings.
-    net
-        The change of the model's number of ratings.
-    without_ratings
-        The first `MOST_NAMED` request_ids that cover no rating, in order.
+    counts
+        How much that is.
     """
 
     news: News
-    removed: DataFrame | None
+    removed: dict[str, int]
     stored: DataFrame | None
     pairs: DataFrame
     blocks: dict[str, list[int]]
-    n_removed: int
-    n_added: int
-    net: int
-    without_ratings: list[str]
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """The figures of these changes for the job's JSON."""
-        return {
-            "requests": self.news.n_requests,
-            "requests_without_ratings": self.without_ratings,
-            "ratings_removed": self.n_removed,
-            "ratings_added": self.n_added,
-        }
+    counts: Counts
 
 
-def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
+def find_news(store: SparkStore, model: ModelVersion) -> News:
     """Find pending requests and newly ingested ratings; read no rating that the model knows.
 
     Raises
@@ -133,21 +123,8 @@ def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
     """
     if model.ratings_version is None:
         raise InputError(f"model version {model.model_version} names no ratings; train it here")
-    heads = run_concurrently(
-        {
-            "ratings": lambda: store.version(ratings.TABLE),
-            "tombstones": lambda: tombstones.version(store),
-        }
-    )
-    ratings_version, tombstones_version = heads["ratings"], heads["tombstones"]
-    assert ratings_version is not None
-    pending, lifts = None, None
-    scopes: dict[str, int] = {}
-    if tombstones_version is not None:
-        asked = materialise(_unanswered(store, model, tombstones_version), checkpoint)
-        scopes = dict(asked.groupBy("scope").count().toLocalIterator())
-        pending = asked.where(F.col("scope") != LIFT)
-        lifts = asked.where(F.col("scope") == LIFT) if LIFT in scopes else None
+    ratings_version, tombstones_version = store.version(ratings.TABLE), tombstones.version(store)
+    pending, lifts = unanswered(store, model, tombstones_version)
     ingest_id, n_users = model.ratings_ingest_id or 0, 0
     if ratings_version != model.ratings_version:
         later = ratings.since(store, ingest_id, ratings_version)
@@ -155,21 +132,20 @@ def find_news(store: Store, model: ModelVersion, checkpoint: str) -> News:
         row = later.agg(newest, F.approx_count_distinct("user_id")).first()
         assert row is not None
         ingest_id, n_users = row
-    return News(pending, lifts, scopes, n_users, ratings_version, ingest_id, tombstones_version)
+    return News(pending, lifts, n_users, ratings_version, ingest_id, tombstones_version)
 
 
-def collect_changes(store: Store, model: ModelVersion, news: News, checkpoint: str) -> Changes:
+def collect_changes(store: SparkStore, model: ModelVersion, news: News, checkpoint: str) -> Changes:
     """Find the ratings that leave the model and those that enter it. Reads the user blocks that the
     requests name, and all ratings only if a request or a reinstatement names an item."""
     version = news.ratings_version
-    removed, stored, leaving, pairs = None, None, None, None
-    if news.pending is not None and news.n_requests:
+    found, stored, leaving, pairs = None, None, None, None
+    if news.n_requests:
         found = materialise(_found(store, model, news), checkpoint)
-        removed = found.select(*PAIR, F.explode("asked").alias("request_id")).distinct()
         stored = found.where("stored").select(*PAIR)
         leaving = found.where("fitted").select(*PAIR, "rating")
         pairs = _changed(leaving, -1)
-    may_add = version != model.ratings_version or news.lifts is not None
+    may_add = version != model.ratings_version or bool(news.lifts.num_rows)
     if may_add:
         added = materialise(_added(store, model, news), checkpoint)
         replaced = ratings.covering(store, added.select(PAIR), model.ratings_version)
@@ -182,38 +158,40 @@ def collect_changes(store: Store, model: ModelVersion, news: News, checkpoint: s
     if pairs is None:
         nothing = ratings.read(store, version).limit(0)
         pairs = _changed(nothing.select(*PAIR, "rating"), 1)
-    n_left, n_added, user_blocks, item_blocks, without_ratings = _counted(
-        pairs, model, news.pending, removed
-    )
+    n_left, n_added, user_blocks, item_blocks = _counted(pairs, model)
     n_removed = n_left
     if may_add:  # n_left also counts the old values of corrected ratings
         n_removed = leaving.count() if leaving is not None else 0
+    removed = _removed(news.pending, found)
+    idle = sorted(request for request, n in removed.items() if not n)
     return Changes(
         news,
         removed,
         stored,
         pairs,
         dict(zip(SIDES, (sorted(user_blocks), sorted(item_blocks)), strict=True)),
-        n_removed,
-        n_added,
-        n_added - n_left,
-        without_ratings,
+        Counts(
+            n_requests=news.n_requests,
+            without_ratings=idle[:MOST_NAMED],
+            n_removed=n_removed,
+            n_added=n_added,
+            net=n_added - n_left,
+        ),
     )
 
 
-def _unanswered(store: Store, model: ModelVersion, tombstones_version: int) -> DataFrame:
-    """Requests without a receipt, and reinstatements since the published model."""
-    pending = ratings.asked(store, tombstones_version, model.receipts_version).where("pending")
-    if tombstones_version == model.tombstones_version:
-        return pending
-    lifts = tombstones.read(store, tombstones_version).where(F.col("scope") == LIFT)
-    if model.tombstones_version is not None:
-        earlier = tombstones.read(store, model.tombstones_version).select("request_id")
-        lifts = lifts.join(earlier, "request_id", "left_anti")
-    return pending.unionByName(lifts, allowMissingColumns=True)
+def _removed(pending: pa.Table, found: DataFrame | None) -> dict[str, int]:
+    """By request_id of every pending request: the number of ratings that it covers."""
+    removed = dict.fromkeys(pending["request_id"].to_pylist(), 0)
+    if found is not None:
+        # A pair counts once, though two versions of the table may have it.
+        covered = found.select(*PAIR, F.explode("asked").alias("request_id")).distinct()
+        counted = covered.groupBy("request_id").count().toArrow()
+        removed.update(zip(*[column.to_pylist() for column in counted.columns], strict=True))
+    return removed
 
 
-def _found(store: Store, model: ModelVersion, news: News) -> DataFrame:
+def _found(store: SparkStore, model: ModelVersion, news: News) -> DataFrame:
     """The ratings that pending requests cover: user_id, item_id, rating, `asked` (the requests),
     `fitted` (the model was fitted to it), and `stored` (the newest version has it)."""
     columns = [*PAIR, "rating", "asked", "fitted", "stored"]
@@ -229,39 +207,38 @@ def _found(store: Store, model: ModelVersion, news: News) -> DataFrame:
     return found.unionByName(now.select(columns))
 
 
-def _covered(store: Store, news: News, version: int) -> DataFrame:
+def _covered(store: SparkStore, news: News, version: int) -> DataFrame:
     """The ratings of a version that pending requests cover, with the requests as `asked`."""
-    assert news.pending is not None
-    of_users = news.pending.where("scope != 'item'")
-    of_items = news.pending.where("scope = 'item'") if "item" in news.scopes else None
-    rows = _named(store, of_users, of_items, version)
-    marked = requests.with_requests(rows, news.pending, guard=False)
+    users, items = news.of_users["user_id"], news.of_items["item_id"]
+    marked = requests.with_requests(
+        _named(store, users, items, version), rules(news.pending, guard=False)
+    )
     return marked.where(F.size("request_ids") > 0).withColumnRenamed("request_ids", "asked")
 
 
 def _named(
-    store: Store, of_users: DataFrame, of_items: DataFrame | None, version: int
+    store: SparkStore, users: pa.ChunkedArray, items: pa.ChunkedArray, version: int
 ) -> DataFrame:
-    """The ratings of the users, and of the items (or None), that tombstones name; items make it
-    read all ratings."""
-    rows = ratings.covering(store, of_users.select("user_id"), version)
-    if of_items is None:
-        return rows
-    of_items = ratings.covering(store, of_items.select("item_id"), version)
-    return rows.unionByName(of_items).distinct()
+    """The ratings of these users and items (text; nulls do not count); items make it read all
+    ratings."""
+    named = ratings.covering(store, store.frame(pa.table({"user_id": users})), version)
+    if items.null_count == len(items):
+        return named
+    of_items = ratings.covering(store, store.frame(pa.table({"item_id": items})), version)
+    return named.unionByName(of_items).distinct()
 
 
-def _added(store: Store, model: ModelVersion, news: News) -> DataFrame:
+def _added(store: SparkStore, model: ModelVersion, news: News) -> DataFrame:
     """user_id, item_id, rating of the retained ratings that enter the model: those ingested since,
     and those that a reinstatement lets in."""
     version = news.ratings_version
     rows = ratings.since(store, model.ratings_ingest_id or 0, version)
-    if news.lifts is not None:
-        let_in = _named(store, news.lifts, news.lifts, version)
+    if news.lifts.num_rows:
+        let_in = _named(store, news.lifts["user_id"], news.lifts["item_id"], version)
         let_in = ratings.with_fitted(store, model, let_in).where("NOT fitted").drop("fitted")
         rows = rows.unionByName(let_in.select(*rows.columns)).distinct()
-    rows = ratings.without_asked(store, rows, news.tombstones_version, model.receipts_version)
-    return rows.select(*PAIR, "rating")
+    in_force = rules_of(store, news.tombstones_version, model.receipts_version)
+    return requests.retained(rows, in_force).select(*PAIR, "rating")
 
 
 def _changed(rows: DataFrame, change: int) -> DataFrame:
@@ -269,21 +246,13 @@ def _changed(rows: DataFrame, change: int) -> DataFrame:
 
 
 def _counted(
-    pairs: DataFrame, model: ModelVersion, pending: DataFrame | None, removed: DataFrame | None
-) -> tuple[int, int, list[int], list[int], list[str]]:
-    """The numbers of pairs that leave and enter, the blocks of their users and items, and the first
-    requests that cover no rating."""
+    pairs: DataFrame, model: ModelVersion
+) -> tuple[int, int, Sequence[int], Sequence[int]]:
+    """The numbers of pairs that leave and enter, and the blocks of their users and items."""
     blocks = [
         F.collect_set(block_of(f"{side}_id", model.settings["layouts"][side]["n_blocks"]))
         for side in SIDES
     ]
-    counted = pairs.agg(F.expr("count_if(change < 0)"), F.expr("count_if(change > 0)"), *blocks)
-    if pending is None or removed is None:
-        counted = counted.withColumn("without_ratings", F.array().cast("array<string>"))
-    else:
-        idle = pending.join(removed.select("request_id"), "request_id", "left_anti")
-        idle = idle.orderBy("request_id").limit(MOST_NAMED)
-        counted = counted.crossJoin(idle.agg(F.array_sort(F.collect_list("request_id"))))
-    row = counted.first()
+    row = pairs.agg(F.expr("count_if(change < 0)"), F.expr("count_if(change > 0)"), *blocks).first()
     assert row is not None
-    return tuple(row)
+    return row[0], row[1], row[2], row[3]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from unlearn_spark.core.blocks import other_side
-from unlearn_spark.core.bounds import rating_terms
-from unlearn_spark.core.ledger_page import Page, Paging, RatingChanges, Summary
-from unlearn_spark.core.patch import places_among
+from unlearn_spark.core.ledger_page import Page, Paging, RatingChanges, Thresholds, changed_norms
 from unlearn_spark.spark.arrow import _table_of, arrays_of
 from unlearn_spark.spark.night.factor_tasks import (
     _BINARY_COLUMNS,
@@ -26,7 +23,6 @@ from unlearn_spark.spark.night.factor_tasks import (
 )
 
 if TYPE_CHECKING:
-    from unlearn_spark.core.objective import Objective
     from unlearn_spark.core.solver import Solver
 
 PAGES = f"side string, page int, {_BINARY_COLUMNS}, ids binary, summary binary"
@@ -44,25 +40,6 @@ ENTRIES = (
 )
 
 ENTRIES_AT_A_TIME = 10_000
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What decides which rows a round works on: each side's number of blocks, tau, the lower mark,
-    and each side's floor."""
-
-    n_blocks: dict[str, int]
-    tau: float
-    mark: float
-    floors: dict[str, float]
-
-    def chosen(self, page: Page, side: str, choice: str) -> NDArray[np.bool_]:
-        """A mask of the page's rows that a choice (`ledger_page.CHOICES`) selects."""
-        return page.chosen(choice, self.tau, self.mark, self.floors[side])
-
-    def summary(self, page: Page, side: str) -> Summary:
-        """The summary of a page of this side."""
-        return page.summary(self.n_blocks[side], self.tau, self.mark, self.floors[side])
 
 
 def _page_row(
@@ -98,36 +75,6 @@ def _opened_page(state: pa.Table) -> tuple[Page, pa.Buffer]:
     order = np.argsort(slots)
     ids = rows["id"].combine_chunks().take(order[np.searchsorted(slots, page.slots, sorter=order)])
     return page, pa.record_batch([ids], schema=_IDS).serialize()
-
-
-def _pushes_of(
-    page: Page,
-    tonight: int,
-    mine: tuple[NDArray[np.int32], NDArray[np.float32]],
-    others: tuple[NDArray[np.int32], NDArray[np.float32]],
-    objective: Objective,
-) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
-    """Slots, and norms of the changes of gradient and b, of rows whose ratings change tonight.
-
-    Parameters
-    ----------
-    mine, others
-        (slots, factors) of this side's rows and of the other side's, before the night.
-    """
-    news = page.changes.of(page.changes.order == tonight)
-    news = news.of(np.isin(news.rows, page.slots))
-    if not len(news):
-        return np.zeros(0, np.int32), np.zeros(0), np.zeros(0)
-    slots, rows = np.unique(news.rows, return_inverse=True)
-    y = mine[1][places_among(slots, mine[0])]
-    places = places_among(news.others, others[0])
-    added = news.signs > 0
-    change = [
-        rating_terms(rows[which], places[which], news.values[which], y, others[1], objective)
-        for which in (added, ~added)
-    ]
-    gradient, b = (change[0] - change[1]).norms()
-    return slots, gradient, b
 
 
 def _page_after(page: Page, results: list[dict[str, Any]], drift: float, again: bool) -> Page:
@@ -178,7 +125,7 @@ def page_opener(
             if not len(page.slots):
                 continue
             other = other_side(side)
-            pushes = _pushes_of(page, tonight, known[side], known[other], solver.objective)
+            pushes = changed_norms(page, tonight, known[side], known[other], solver.objective)
             page = page.pushed(*pushes, drifts[other], force)
             made.append(_page_row(side, state["page"][0].as_py(), page, ids, thresholds))
         return _table_of(PAGES, made)
@@ -205,7 +152,7 @@ def result_taker(
 
 
 def entry_unpacker(
-    n_blocks: dict[str, int],
+    n_blocks: Mapping[str, int],
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """Turn `PAGES` into `ENTRIES`, sorted by block and slot."""
 

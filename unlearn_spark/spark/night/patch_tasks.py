@@ -10,11 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from unlearn_spark.core.blocks import SIDES, RatingBlock, raw
-from unlearn_spark.core.ledger_page import COLUMNS, Page, Paging
+from unlearn_spark.core.ledger_page import COLUMNS, Page, Paging, Thresholds
 from unlearn_spark.core.patch import PatchResult, PatchSide, solve_patch
 from unlearn_spark.spark.arrow import _mapped, _table_of, arrays_of
 from unlearn_spark.spark.night.factor_tasks import _BINARY_COLUMNS, _by_side, _known_rows
-from unlearn_spark.spark.night.page_tasks import Thresholds
 
 if TYPE_CHECKING:
     from unlearn_spark.core.solver import Solver

@@ -12,6 +12,7 @@ The second updates the ledger's pages with the results.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ from pyspark.sql import functions as F
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.core.bounds import drift
 from unlearn_spark.core.layout import TASK_RATINGS
-from unlearn_spark.core.ledger_page import NOTHING, PAGE_ROWS, Paging, Summary
+from unlearn_spark.core.ledger_page import NOTHING, PAGE_ROWS, Paging, Summary, Thresholds
 from unlearn_spark.core.rounds import Work, looks_again
+from unlearn_spark.nightly import Rounds
 from unlearn_spark.spark.frames import materialise
 from unlearn_spark.spark.night.factor_tasks import (
     ASKED,
@@ -44,7 +46,6 @@ from unlearn_spark.spark.night.page_tasks import (
     ENTRIES,
     KINDS,
     PAGES,
-    Thresholds,
     change_need_finder,
     entry_unpacker,
     page_opener,
@@ -61,7 +62,7 @@ from unlearn_spark.spark.night.patch_tasks import (
     wanted_keeper,
 )
 from unlearn_spark.spark.placement import balanced_keys, part_key
-from unlearn_spark.tables.sql import one_of
+from unlearn_spark.spark.sql import one_of
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -412,7 +413,7 @@ class Frontier:
 
 
 @dataclass(frozen=True)
-class Mended:
+class Resolved:
     """A changed model after its rounds.
 
     Attributes
@@ -432,25 +433,21 @@ class Mended:
         return self.end is not None
 
     @property
-    def sides(self) -> Mapping[str, Summary]:
-        """The summary of each side; only if the rounds are done."""
-        assert self.end is not None
-        return self.end
-
-    @property
-    def worst(self) -> float:
-        """The largest bound."""
-        return max(side.worst for side in self.sides.values())
-
-    @property
-    def n_solved(self) -> dict[str, int]:
-        """By side: the number of rows that were re-solved."""
-        return {side: found.solved for side, found in self.sides.items()}
+    def rounds(self) -> Rounds:
+        """What the rounds did; the worst bound is infinite if they gave up."""
+        end = self.end or {}
+        return Rounds(
+            rounds=self.frontier.rounds,
+            work_sweeps=self.frontier.work.sweeps,
+            worst=max((side.worst for side in end.values()), default=math.inf),
+            solved={side: found.solved for side, found in end.items()},
+        )
 
     @property
     def solved_blocks(self) -> dict[str, frozenset[int]]:
-        """By side: the blocks of the re-solved rows."""
-        return {side: found.solved_blocks for side, found in self.sides.items()}
+        """By side: the blocks of the re-solved rows; only if the rounds are done."""
+        assert self.end is not None
+        return {side: found.solved_blocks for side, found in self.end.items()}
 
     def factors(self, changed: ChangedModel) -> tuple[DataFrame, DataFrame]:
         """The present user and item factors (id, factors) of all rows that have ratings."""

@@ -1,12 +1,7 @@
-"""Turns factors that were trained elsewhere into a fit, if wanted after sweeps to tolerance.
-
-Whoever trained a row, it is as good as it solves its normal equations on the retained ratings. So
-the adoption computes every row's residual, and can sweep from the given factors.
-"""
+"""Turns factors that were trained elsewhere into a fit, if wanted after sweeps to tolerance."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +10,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyspark.sql import functions as F
 
+from unlearn_spark import adoption
 from unlearn_spark.core.blocks import SIDES, other_side
 from unlearn_spark.core.solver import solver_of
 from unlearn_spark.core.training import SweepReport, TrainingSummary
-from unlearn_spark.errors import InputError
 from unlearn_spark.spark.arrow import pieces_table
 from unlearn_spark.spark.frames import aggregates_of
 from unlearn_spark.spark.placement import part_key
@@ -121,11 +116,7 @@ def adopt_factors(
         sweeper.release()
         objective = reports[-1].objective
     else:
-        if math.isinf(before):
-            raise InputError(
-                "the ratings are all zero (or, with als.implicit_prefs, none positive) and the "
-                "factors are not; check als.implicit_prefs, or run with --converge"
-            )
+        adoption.check_residual(before)
         worst, converged = before, before <= als.tol
         objective = _objective(encoded, als, parts)
     for frame in parts.values():
@@ -161,25 +152,8 @@ def _compare(
         F.count_if(rated & (F.array_min("factors") < 0)),
     )
     missing = {side: counts[side][0] for side in SIDES}
-    for side in SIDES:
-        n_rows = encoded.layouts[side].n_rows
-        if missing[side] == n_rows:
-            raise InputError(
-                f"none of the {n_rows} rated {side}s has factors; "
-                f"check that the input's {side} ids are those of the ratings table"
-            )
-    if any(missing.values()) and not converge:
-        raise InputError(
-            f"{missing['user']} of {encoded.layouts['user'].n_rows} rated users and "
-            f"{missing['item']} of {encoded.layouts['item'].n_rows} rated items have no factors; "
-            "run with --converge, which starts them as a fresh training would"
-        )
     negative = {side: counts[side][2] for side in SIDES}
-    if als.nonnegative and any(negative.values()):
-        raise InputError(
-            f"als.nonnegative is set, but {negative['user']} users and {negative['item']} items "
-            "have negative factors; set it to what the model was trained with"
-        )
+    adoption.check_given(encoded.n_rows, missing, negative, als, converge)
     return missing, {side: counts[side][1] for side in SIDES}
 
 

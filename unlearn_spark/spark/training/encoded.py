@@ -15,12 +15,12 @@ from unlearn_spark.core.layout import choose_blocks, choose_parts
 from unlearn_spark.core.solver import solver_of
 from unlearn_spark.errors import InputError
 from unlearn_spark.spark.frames import aggregates_of, session_parallelism
+from unlearn_spark.spark.session_conf import session_conf
 from unlearn_spark.spark.settings import LARGE_ROWS, NARROW_ROWS
 from unlearn_spark.spark.training import encoding
 from unlearn_spark.spark.training.half_sweep import SENT
 from unlearn_spark.spark.training.layout import SideLayout
 from unlearn_spark.spark.training.local_parts import PartReader, drop, keep
-from unlearn_spark.tables.session_conf import session_conf
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -18,9 +18,10 @@ from unlearn_spark.core.acceleration import Accelerator
 from unlearn_spark.core.blocks import SIDES, other_side
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.solver import solver_of
-from unlearn_spark.core.training import SweepReport
+from unlearn_spark.core.training import SweepReport, next_report
 from unlearn_spark.spark.arrow import matrix_of, pieces_table
 from unlearn_spark.spark.frames import aggregates_of, materialise
+from unlearn_spark.spark.session_conf import session_conf
 from unlearn_spark.spark.settings import LARGE_ROWS
 from unlearn_spark.spark.training.encoded import Encoded
 from unlearn_spark.spark.training.half_sweep import (
@@ -34,7 +35,6 @@ from unlearn_spark.spark.training.half_sweep import (
     sweep_anchor,
 )
 from unlearn_spark.spark.training.one_task import CONVERGED, GOING_ON, Limits, burst, results_of
-from unlearn_spark.tables.session_conf import session_conf
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row
@@ -123,7 +123,7 @@ class Sweeper:
             shares = [np.frombuffer(row["products"]) for row in scalars if row["products"]]
             products = np.sum(shares, axis=0)
             size = math.isqrt(len(products))
-            self._report(number, objective, worst, time.perf_counter() - started)
+            self._report(objective, worst, time.perf_counter() - started)
             if worst <= self.settings.tol:
                 return factors_of(iterate), other, True
             step = accelerator.step(objective, worst, products.reshape(size, size))
@@ -179,7 +179,7 @@ class Sweeper:
             row = state.select("reports", "state").first()
             assert row is not None
             for objective, worst, seconds in np.frombuffer(row["reports"]).reshape(-1, 3):
-                self._report(len(self.reports) + 1, float(objective), float(worst), float(seconds))
+                self._report(float(objective), float(worst), float(seconds))
             if row["state"] != GOING_ON:
                 anchor, other = (frame.persist() for frame in results_of(solver, state))
                 self.held = [anchor, other]
@@ -196,15 +196,8 @@ class Sweeper:
         for frame in self.held:
             frame.unpersist()
 
-    def _report(self, number: int, objective: float, worst: float, seconds: float) -> None:
-        eta = None
-        earlier = [report for report in self.reports[-5:] if report.max_residual > worst > 0]
-        if earlier:
-            first = earlier[0]
-            decay = math.log(first.max_residual / worst) / (number - first.sweep)
-            missing = max(0.0, math.log(worst / self.settings.tol) / decay)
-            eta = missing * seconds
-        report = SweepReport(number, objective, worst, seconds, eta)
+    def _report(self, objective: float, worst: float, seconds: float) -> None:
+        report = next_report(self.reports, objective, worst, seconds, self.settings.tol)
         self.reports.append(report)
         if self.on_sweep is not None:
             self.on_sweep(report)

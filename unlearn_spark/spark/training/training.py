@@ -14,12 +14,11 @@ from unlearn_spark.config import AlsSettings, ExecutionSettings
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.core.training import SweepReport, TrainingSummary
 from unlearn_spark.errors import InputError
-from unlearn_spark.publishing import WholeModel
+from unlearn_spark.publishing import Fit
 from unlearn_spark.spark.frames import aggregates_of
+from unlearn_spark.spark.sql import bound_expression
 from unlearn_spark.spark.training.encoded import Encoded, encode_ratings
-from unlearn_spark.spark.training.encoding import stored_chunks
 from unlearn_spark.spark.training.sweeper import Sweeper, start_iterate
-from unlearn_spark.tables.sql import bound_expression
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -52,16 +51,14 @@ class FitResult:
         """id, factors array<float>, n_ratings."""
         return self.rows["item"].select("id", "factors", "n_ratings")
 
-    def to_publish(self) -> WholeModel:
+    @property
+    def fit(self) -> Fit:
         """The model as `publishing.publish_fit` takes it."""
-        encoded = self.encoded
-        chunks = [stored_chunks(encoded.parts[side], encoded.layouts[side]) for side in SIDES]
         layouts = {
             side: {"n_blocks": layout.n_blocks, "n_slots": layout.n_slots}
-            for side, layout in encoded.layouts.items()
+            for side, layout in self.encoded.layouts.items()
         }
-        both = chunks[0].unionByName(chunks[1])
-        return WholeModel(self.rows, both, layouts, encoded.floors, self.summary)
+        return Fit(layouts, self.encoded.floors, self.summary)
 
     def release(self) -> None:
         """Drop the caches."""
