@@ -270,9 +270,10 @@ def chunk_numbers(
 def split_into_chunks(
     block: RatingBlock, n_blocks: int, chunk_ratings: int = CHUNK_RATINGS
 ) -> Iterator[tuple[int, int, RatingBlock]]:
-    """Cut into stored chunks (`chunk_numbers`): block number, chunk number and ratings of each."""
+    """Cut into stored chunks (`chunk_numbers`), block by block: block number, chunk number and
+    ratings of each."""
     numbers = chunk_numbers(block.slots, block.counts, n_blocks, chunk_ratings)
-    order = np.argsort(numbers, kind="stable")
+    order = np.lexsort((numbers, numbers % n_blocks))
     starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
     for first, last in zip(starts, [*starts[1:], len(order)], strict=True):
         rows = order[first:last]

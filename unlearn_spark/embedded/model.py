@@ -28,6 +28,9 @@ from unlearn_spark.tables.models import ModelVersion
 
 CHUNK_A_ROW_GROUP = WriterProperties(max_row_group_size=1, compression="SNAPPY")
 
+PORTION_RATINGS = 8_000_000
+"""Packed ratings that one commit writes: delta-rs holds several times their bytes meanwhile."""
+
 ROWS_A_BATCH = 65_536
 """Factor rows that become one record batch."""
 
@@ -156,27 +159,29 @@ def ledger_table(
     return pa.table(columns, schema=factors.LEDGER_SPEC.schema)
 
 
-def chunk_batches(
+def chunk_portions(
     blocks: Mapping[str, RatingBlock], n_blocks: Mapping[str, int]
-) -> pa.RecordBatchReader:
-    """The packed ratings of both sides as rows of `factors.RATING_BLOCKS_SPEC`."""
+) -> Iterator[pa.Table]:
+    """The packed ratings of both sides as rows of `factors.RATING_BLOCKS_SPEC`, in tables of about
+    `PORTION_RATINGS` ratings."""
     schema = factors.RATING_BLOCKS_SPEC.schema
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for side in SIDES:
-            for block, chunk, rows in split_into_chunks(blocks[side], n_blocks[side]):
-                packed = rows.to_binary()
-                yield pa.RecordBatch.from_arrays(
-                    [
-                        pa.array([side], pa.string()),
-                        pa.array([block], pa.int32()),
-                        pa.array([chunk], pa.int32()),
-                        *[pa.array([packed[name]], pa.binary()) for name in schema.names[3:]],
-                    ],
-                    schema=schema,
-                )
-
-    return pa.RecordBatchReader.from_batches(schema, batches())
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    for side in SIDES:
+        for block, chunk, rows in split_into_chunks(blocks[side], n_blocks[side]):
+            packed = rows.to_binary()
+            columns = [
+                pa.array([side], pa.string()),
+                pa.array([block], pa.int32()),
+                pa.array([chunk], pa.int32()),
+                *[pa.array([packed[name]], pa.binary()) for name in schema.names[3:]],
+            ]
+            waiting.append(pa.RecordBatch.from_arrays(columns, schema=schema))
+            size += rows.n_ratings
+            if size >= PORTION_RATINGS:
+                yield pa.Table.from_batches(waiting)
+                waiting, size = [], 0
+    yield pa.Table.from_batches(waiting, schema)
 
 
 class ChunkReader:
@@ -311,9 +316,13 @@ def write_whole_model(
         return store.overwrite(factors.LEDGER, pa.concat_tables(sides))
 
     def write_blocks() -> int:
-        store.create(factors.RATING_BLOCKS, factors.RATING_BLOCKS_SPEC)
-        batches = chunk_batches(model.blocks, model.n_blocks)
-        return store.overwrite(factors.RATING_BLOCKS, batches, properties=CHUNK_A_ROW_GROUP)
+        table = factors.RATING_BLOCKS
+        store.create(table, factors.RATING_BLOCKS_SPEC)
+        portions = chunk_portions(model.blocks, model.n_blocks)
+        version = store.overwrite(table, next(portions), properties=CHUNK_A_ROW_GROUP)
+        for portion in portions:
+            version = store.append_to(table, portion, version, CHUNK_A_ROW_GROUP)
+        return version
 
     def clear_changes() -> int:
         store.create(factors.RATING_CHANGES, factors.RATING_CHANGES_SPEC)

@@ -287,10 +287,12 @@ class DeltaRsStore(Store):
             handle, table, rows, "overwrite", predicate, _NEXT_OR_NOTHING, properties
         )
 
-    def append_to(self, table: str, rows: pa.Table, base: int) -> int:
+    def append_to(
+        self, table: str, rows: pa.Table, base: int, properties: WriterProperties = PLAIN
+    ) -> int:
         """Append rows to version `base`. Raises ConflictError if that is not the newest."""
         handle = self.open(table, base)
-        return self._write(handle, table, rows, "append", None, _NEXT_OR_NOTHING)
+        return self._write(handle, table, rows, "append", None, _NEXT_OR_NOTHING, properties)
 
     def _write(
         self,
