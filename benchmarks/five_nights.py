@@ -40,7 +40,7 @@ SETTINGS = {
 @click.option("--share", default=0.01, help="Of the users, a night.")
 def main(path: str, mode: str, seeds: int, nights: int, share: float) -> None:
     """Print the tables and write the report."""
-    from unlearn_spark.evaluation.metrics import split_by_hash
+    from unlearn_spark.spark.metrics import split_by_hash
 
     spark = common.session()
     sets = SETTINGS[mode]

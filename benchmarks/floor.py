@@ -17,27 +17,24 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark.sql.types import IntegerType, LongType, StructField, StructType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from unlearn_spark.concurrency import run_concurrently
+from unlearn_spark.spark.session_conf import session_conf
 from unlearn_spark.spark.settings import SMALL_QUERIES
 from unlearn_spark.tables import factors, models, ratings, receipts, tombstones
-from unlearn_spark.tables.session_conf import session_conf
-from unlearn_spark.tables.store import Store, TableSpec
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+from unlearn_spark.tables.delta_spark import SparkStore
+from unlearn_spark.tables.store import TableSpec
 
 RATINGS_SPEC = TableSpec(
-    StructType([StructField("user_id", LongType()), StructField("user_block", IntegerType())]),
+    pa.schema([("user_id", pa.int64()), ("user_block", pa.int32())]),
     partition_by=("user_block",),
     deletion_vectors=True,
 )
@@ -46,8 +43,8 @@ SPECS = {
     models.TABLE: models.SPEC,
     tombstones.TABLE: tombstones.SPEC,
     receipts.TABLE: receipts.SPEC,
-    factors.factor_table("user"): factors.factor_spec(LongType()),
-    factors.factor_table("item"): factors.factor_spec(LongType()),
+    factors.factor_table("user"): factors.factor_spec(pa.int64()),
+    factors.factor_table("item"): factors.factor_spec(pa.int64()),
     factors.LEDGER: factors.LEDGER_SPEC,
     factors.RATING_CHANGES: factors.RATING_CHANGES_SPEC,
 }
@@ -59,25 +56,25 @@ REPLACED = {
 APPENDED = (receipts.TABLE, factors.RATING_CHANGES)
 
 
-def one_row(store: Store, table: str) -> DataFrame:
+def one_row(table: str) -> pa.Table:
     """A row of that table: block 0, side user, all else null."""
-    values: dict[str, Any] = dict.fromkeys(SPECS[table].schema.names)
-    values |= {name: value for name, value in (("block", 0), ("side", "user")) if name in values}
-    return store.frame([tuple(values.values())], SPECS[table].schema)
+    schema = SPECS[table].schema
+    row: dict[str, Any] = {"block": 0, "side": "user"}
+    return pa.Table.from_pylist([row], schema=schema)
 
 
-def prepare(store: Store, turns: int) -> None:
+def prepare(store: SparkStore, turns: int) -> None:
     """The tables, with a rating for every turn to delete."""
     for table, spec in SPECS.items():
         store.create(table, spec)
         if table != ratings.TABLE:
-            store.append(table, one_row(store, table))
+            store.append(table, one_row(table))
     store.append(
         ratings.TABLE, store.spark.range(turns).selectExpr("id AS user_id", "0 AS user_block")
     )
 
 
-def read(store: Store) -> None:
+def read(store: SparkStore) -> None:
     """A row of each table that a night looks at; of `models` first, which names the versions."""
 
     def look(table: str) -> None:
@@ -88,7 +85,7 @@ def read(store: Store) -> None:
     run_concurrently({table: partial(look, table) for table in others})
 
 
-def write(store: Store, turn: int) -> None:
+def write(store: SparkStore, turn: int) -> None:
     """The commits of a night, the models table's last."""
 
     def is_gone(user_ids: pa.Array) -> pa.Array:
@@ -100,11 +97,11 @@ def write(store: Store, turn: int) -> None:
 
     writes: dict[str, Callable[[], int]] = {ratings.TABLE: delete}
     for table, predicate in REPLACED.items():
-        writes[table] = partial(store.replace_where, table, one_row(store, table), predicate)
+        writes[table] = partial(store.replace_where, table, store.frame(one_row(table)), predicate)
     for table in APPENDED:
-        writes[table] = partial(store.append, table, one_row(store, table))
+        writes[table] = partial(store.append, table, one_row(table))
     run_concurrently(writes)
-    store.append(models.TABLE, one_row(store, models.TABLE))
+    store.append(models.TABLE, one_row(models.TABLE))
 
 
 @click.command()
@@ -114,7 +111,7 @@ def main(turns: int) -> None:
     spark = common.session()
     raw: dict[str, list[float]] = {"read": [], "write": []}
     with tempfile.TemporaryDirectory(prefix="unlearn-bench-") as root:
-        store = Store(spark, root)
+        store = SparkStore(spark, root)
         prepare(store, turns)
         with session_conf(spark, SMALL_QUERIES):
             for turn in range(turns):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from benchmarks.large import SHAPES
-from unlearn_spark.evaluation.metrics import rmse, split_by_hash
+from unlearn_spark.spark.metrics import rmse, split_by_hash
 from unlearn_spark.spark.scoring import predict_pairs
 from unlearn_spark.spark.training.training import fit_factors
 

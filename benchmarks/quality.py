@@ -33,7 +33,7 @@ def main(path: str, seeds: int) -> None:
     from pyspark.sql import functions as F
 
     from unlearn_spark.als import ALS
-    from unlearn_spark.evaluation.metrics import held_out_metrics, split_by_hash
+    from unlearn_spark.spark.metrics import held_out_metrics, split_by_hash
 
     spark = common.session()
     columns = ("userId AS user_id", "movieId AS item_id", "cast(rating AS float) rating")

@@ -48,7 +48,7 @@ def library(frame: Any, als: AlsSettings, sweeps: int, cg: bool) -> float:
 
 def quality(root: Path, held_out: Any) -> dict[str, float]:
     """RMSE and NDCG@10 of the newest model there on ratings that nobody was fitted to."""
-    from unlearn_spark.evaluation.metrics import held_out_metrics
+    from unlearn_spark.spark.metrics import held_out_metrics
 
     read = held_out.sparkSession.read.format("delta")
     users, items = (
@@ -71,7 +71,7 @@ def main(
     users: int, items: int, ratings: int, rank: int, tol: float, rounds: int, implicit: bool
 ) -> None:
     """Print the table and save the raw figures."""
-    from unlearn_spark.evaluation.metrics import split_by_hash
+    from unlearn_spark.spark.metrics import split_by_hash
     from unlearn_spark.spark.training.training import fit_factors
 
     spark = common.session()

@@ -2,73 +2,50 @@
 # MAGIC %md
 # MAGIC # A recommender that can forget
 # MAGIC
-# MAGIC Ratings, a model, three deletion requests, and the proof. Each step runs one job of `jobs/`
-# MAGIC in this session and returns the JSON object that the job would print.
+# MAGIC Ratings, a model, deletion requests, and the proof. Each step is a method of the object that
+# MAGIC `unlearn_spark.open` gives; its results are those of the job of the same name.
 # MAGIC
-# MAGIC On Databricks, install the package as a library of the compute, and open this file inside a
-# MAGIC Git folder of the repository. Elsewhere run it: `python notebooks/quickstart.py`.
+# MAGIC On a laptop: `python notebooks/quickstart.py`, in one process without Java. On Databricks,
+# MAGIC install the package as a library of the compute; the work is done by Spark.
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## Places
-# MAGIC On Databricks: a schema of Unity Catalog for the tables (`catalog` in
-# MAGIC `conf/databricks.yaml`) and a volume for files. The schema and the volume must exist:
-# MAGIC `CREATE SCHEMA IF NOT EXISTS main.recommender` and
-# MAGIC `CREATE VOLUME IF NOT EXISTS main.recommender.files`.
+# MAGIC On Databricks: a schema of Unity Catalog for the tables and a volume for files. Both must
+# MAGIC exist: `CREATE SCHEMA IF NOT EXISTS main.recommender` and
+# MAGIC `CREATE VOLUME IF NOT EXISTS main.recommender.files`. Elsewhere: a temporary folder.
 
 # COMMAND ----------
 
-import importlib
 import os
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-ON_DATABRICKS = "DATABRICKS_RUNTIME_VERSION" in os.environ
-# A notebook has no __file__; in a Git folder its working directory is its own.
-REPOSITORY = (
-    Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd().parent
-)
-if str(REPOSITORY) not in sys.path:
-    sys.path.insert(0, str(REPOSITORY))
+import pyarrow as pa
 
-if ON_DATABRICKS:
+import unlearn_spark
+from unlearn_spark.evaluation import synthetic
+
+if "DATABRICKS_RUNTIME_VERSION" in os.environ:
     FILES = Path("/Volumes/main/recommender/files")
-    PLACE = ["--conf", str(REPOSITORY / "conf" / "databricks.yaml")]
+    shop = unlearn_spark.open(catalog="main.recommender", rank=16)
 else:
     FILES = Path(tempfile.mkdtemp(prefix="unlearn-spark-"))
-    PLACE = ["--root", str(FILES / "tables")]
-
-
-def run(job: str, *arguments: object) -> dict[str, Any]:
-    """Run jobs/<job>.py in this session; a user's mistake raises an error of one line."""
-    command = importlib.import_module(f"jobs.{job}").main
-    texts = [*PLACE, *(str(argument) for argument in arguments)]
-    result = dict(command.main(args=texts, standalone_mode=False))
-    print(job, result)
-    if result.get("exit_code"):  # the reasons stand above
-        raise RuntimeError(f"{job} found that the model does not hold what it promises")
-    return result
-
+    shop = unlearn_spark.open(FILES / "tables", rank=16)
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## Ratings
 # MAGIC Synthetic ones here. For your own, give `ingest_ratings` a file, folder or glob and its
-# MAGIC format.
+# MAGIC format, or a table: Arrow, pandas, on Spark also a DataFrame.
 
 # COMMAND ----------
 
 ratings = FILES / "ratings.parquet"
-run(
-    "generate_ratings",
-    *("--users", 2000, "--items", 1000, "--ratings", 100_000, "--seed", 1),
-    *("--output", ratings),
-)
-run("ingest_ratings", "--input", ratings, "--format", "parquet")
+synthetic.write(users=2000, items=1000, ratings=100_000, seed=1, output=ratings)
+print(shop.ingest_ratings(ratings, format="parquet"))
 
 # COMMAND ----------
 
@@ -78,27 +55,32 @@ run("ingest_ratings", "--input", ratings, "--format", "parquet")
 
 # COMMAND ----------
 
-trained = run("train", "--set", "als.rank=16")
-run("recommend", "--top", 10)
+trained = shop.train()
+print(f"{trained.sweeps} sweeps, largest residual {trained.max_residual:.1e}")
+print(shop.recommend(top=10))
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## Deletion requests
-# MAGIC A whole user, one rating, and a user's ratings of one year.
+# MAGIC A whole user, one rating, and a user's ratings of half a year. `forget(users=[42])` makes
+# MAGIC such requests and honours them at once.
 
 # COMMAND ----------
 
-requests = FILES / "requests.csv"
-requests.write_text(
-    "request_id,scope,user_id,item_id,from_ts,to_ts,requested_at\n"
-    "r-1,user,42,,,,\n"
-    "r-2,rating,7,11,,,\n"
-    "r-3,window,9,,2021-01-01,2022-01-01,\n",
-    encoding="utf-8",
+requests = pa.table(
+    {
+        "request_id": ["r-1", "r-2", "r-3"],
+        "scope": ["user", "rating", "window"],
+        "user_id": ["42", "7", "9"],
+        "item_id": [None, "82", None],
+        "from_ts": [None, None, "2024-01-01"],
+        "to_ts": [None, None, "2024-07-01"],
+    }
 )
-run("ingest_tombstones", "--input", requests)
-forgotten = run("unlearn")
+print(shop.ingest_tombstones(requests))
+night = shop.unlearn()
+print(f"{night.ratings_removed} ratings removed, {night.rows_resolved} rows re-solved")
 
 # COMMAND ----------
 
@@ -109,5 +91,8 @@ forgotten = run("unlearn")
 
 # COMMAND ----------
 
-audit = run("audit")
-run("recommend", "--top", 10)
+audit = shop.audit()
+assert audit.holds, audit
+assert audit.tombstoned_ratings_found == 0, audit
+print(f"model version {audit.model_version}: largest residual {audit.max_residual}")
+print(shop.recommend(top=10))
