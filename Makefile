@@ -27,7 +27,7 @@ demo: setup ## the whole story; ENGINE=spark on Spark; INPUT=path FORMAT=... tak
 	$(BIN)/unlearn-spark demo --root demo-output $(if $(ENGINE),--engine $(ENGINE)) \
 	    $(if $(INPUT),--input $(INPUT) --format $(or $(FORMAT),csv))
 
-test: setup ## the tests of both engines; 10 minutes at most on 2 cores
+test: setup ## the tests of both engines; about 15 minutes on 2 cores
 	$(BIN)/python -m pytest
 
 test-all: setup ## the tests, those too that take minutes each
