@@ -98,6 +98,13 @@ class Tonight:
     started: float
 
     @property
+    def basis(self) -> publishing.Basis:
+        """What whole sweeps may learn from."""
+        return publishing.Basis(
+            self.model, self.ratings_version, self.tombstones_version, self.model.receipts_version
+        )
+
+    @property
     def n_ratings(self) -> int:
         """The number of ratings that the next version is fitted to."""
         return self.model.sizes.ratings + self.counts.net
@@ -326,12 +333,10 @@ def publish_sweeps(
         written,
         model.als,
         kind=tonight.kind,
-        parent=model,
+        basis=tonight.basis,
         ratings_ingest_id=tonight.ingest_id,
         tau=tonight.unlearn.tau,
         metrics=tonight.metrics(figures),
-        ratings_version=tonight.ratings_version,
-        tombstones_version=tonight.tombstones_version,
     )
     return version, figures
 

@@ -78,26 +78,26 @@ def publish_fit(
     als: AlsSettings,
     *,
     kind: str,
-    parent: ModelVersion | None,
+    basis: Basis,
     ratings_ingest_id: int,
     tau: float | None = None,
     metrics: Mapping[str, Any] | None = None,
-    **versions: int | None,
 ) -> ModelVersion:
     """Make a freshly fitted model visible.
 
     Parameters
     ----------
     written
-        The Delta versions of the tables that hold it, under the names of `ModelVersion`'s fields.
-    kind, parent, ratings_ingest_id
+        The Delta versions of the tables that were written, under the names of `ModelVersion`'s
+        fields; they win over those of `basis`.
+    kind, ratings_ingest_id
         Fields of the new `ModelVersion`.
+    basis
+        What the model was fitted to.
     tau
         The residual that the certificate promises; None: `als.tol`.
     metrics
         Further metrics, which win over those of the training.
-    versions
-        Versions of the tables that are not in `written`.
 
     Raises
     ------
@@ -108,9 +108,11 @@ def publish_fit(
     tau = als.tol if tau is None else tau
     # Without a sweep there is no reached residual from which a later night could derive tau.
     reached = {"reached": summary.max_residual} if summary.sweeps else {}
-    known: dict[str, Any] = {
-        "receipts_version": parent.receipts_version if parent else None,
-        **versions,
+    parent = basis.parent
+    versions: dict[str, Any] = {
+        "ratings_version": basis.ratings_version,
+        "tombstones_version": basis.tombstones_version,
+        "receipts_version": basis.receipts_version,
         **written,
     }
     return models.publish(
@@ -141,7 +143,7 @@ def publish_fit(
                 "floor": fit.floors,
                 **reached,
             },
-            **known,
+            **versions,
         ),
     )
 

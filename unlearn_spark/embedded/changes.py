@@ -186,7 +186,8 @@ def _counted(pairs: pa.Table) -> dict[str, int]:
 
 
 def _named(store: DeltaRsStore, asked_for: pa.Table, types: dict[str, pa.DataType]) -> str | None:
-    """SQL for: the rating's user or item is named by one of these requests, or is read in vain."""
+    """SQL that ratings of the users and items meet which these requests name, and few others; None:
+    read all."""
     by_item = pc.is_in(asked_for["scope"], pa.array(["item"]))
     users = asked_for.filter(pc.invert(by_item))["user_id"].drop_null().unique()
     items = (
@@ -202,7 +203,7 @@ def _named(store: DeltaRsStore, asked_for: pa.Table, types: dict[str, pa.DataTyp
 def _among_users_or_items(
     store: DeltaRsStore, users: pa.Array, items: pa.Array | None
 ) -> str | None:
-    """SQL that rows of these users and of these items meet, and few others; None: read all."""
+    """SQL that ratings of these users and of these items meet, and few others; None: read all."""
     users = users.drop_null()
     items = pa.array([], pa.int64()) if items is None else items.drop_null()
     if len(users) > FEW_NAMED or len(items) > FEW_NAMED:

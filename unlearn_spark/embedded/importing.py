@@ -79,10 +79,8 @@ def import_factors(
         write_whole_model(store, fitted.to_store(), threads),
         als,
         kind="import",
-        parent=basis.parent,
+        basis=basis,
         ratings_ingest_id=newest_ingest(store, basis.ratings_version),
-        ratings_version=basis.ratings_version,
-        tombstones_version=basis.tombstones_version,
     )
     return adoption.figures(
         version.model_version,

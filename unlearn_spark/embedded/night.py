@@ -39,7 +39,6 @@ from unlearn_spark.embedded.model import (
 from unlearn_spark.embedded.rounds import Frontier, open_ledger
 from unlearn_spark.embedded.train import retained_batches, warm_start
 from unlearn_spark.nightly import Rounds, Tonight
-from unlearn_spark.publishing import Basis
 from unlearn_spark.tables import factors, models
 from unlearn_spark.tables.delta_rs import DeltaRsStore
 from unlearn_spark.tables.models import ModelVersion
@@ -179,10 +178,7 @@ def sweep_everything(
     """Sweep all rows over the retained ratings, starting from `warm` (None: the published factors),
     then scan every row's residual (Unlearn-ALS: Xu et al. 2023, arXiv 2302.06676)."""
     model = tonight.model
-    basis = Basis(
-        model, tonight.ratings_version, tonight.tombstones_version, model.receipts_version
-    )
-    with retained_batches(store, basis) as batches:
+    with retained_batches(store, tonight.basis) as batches:
         return training.fit(
             batches,
             model.als.model_copy(update={"tol": tonight.unlearn.mark}),

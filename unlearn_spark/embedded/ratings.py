@@ -118,9 +118,21 @@ def read_retained(
     The other versions are as for `requests.rules_of`.
     """
     rules = requests.rules_of(store, tombstones_version, receipts_version)
+    return _read_without(store, version, rules, columns)
+
+
+def _read_without(
+    store: DeltaRsStore,
+    version: int | None,
+    rules: pa.Table | None,
+    columns: Sequence[str],
+    where: str | None = None,
+) -> pa.Table:
+    """The rows of a version that meet a condition in SQL and that no rule covers."""
     if rules is None:
-        return store.read(ratings.TABLE, version, columns)
-    rows = store.read(ratings.TABLE, version, list(dict.fromkeys([*columns, *PAIR, "rated_at"])))
+        return store.read(ratings.TABLE, version, columns, where)
+    wanted = list(dict.fromkeys([*columns, *PAIR, "rated_at"]))
+    rows = store.read(ratings.TABLE, version, wanted, where)
     return retained(rows, rules).select(list(columns))
 
 
@@ -156,13 +168,8 @@ def fitted(
     InputError
         The model names no ratings.
     """
-    known = known_ratings(model)
-    rules = fitted_rules(store, model)
-    if rules is None:
-        return store.read(ratings.TABLE, model.ratings_version, columns, known)
-    wanted = list(dict.fromkeys([*columns, *PAIR, "rated_at"]))
-    rows = store.read(ratings.TABLE, model.ratings_version, wanted, known)
-    return retained(rows, rules).select(list(columns))
+    known, rules = known_ratings(model), fitted_rules(store, model)
+    return _read_without(store, model.ratings_version, rules, columns, known)
 
 
 def newest_ingest(store: DeltaRsStore, version: int) -> int:

@@ -51,10 +51,8 @@ def train(
         written,
         als,
         kind="train",
-        parent=basis.parent,
+        basis=basis,
         ratings_ingest_id=newest_ingest(store, basis.ratings_version),
-        ratings_version=basis.ratings_version,
-        tombstones_version=basis.tombstones_version,
     )
     return version, fitted.summary
 

@@ -82,10 +82,8 @@ class SparkEngine:
             write_fit(store, fitted),
             als,
             kind="train",
-            parent=basis.parent,
+            basis=basis,
             ratings_ingest_id=ratings.newest_ingest(store, basis.ratings_version),
-            ratings_version=basis.ratings_version,
-            tombstones_version=basis.tombstones_version,
         )
         fitted.release()
         return version, fitted.summary
@@ -123,10 +121,8 @@ class SparkEngine:
             write_fit(store, adopted),
             als,
             kind="import",
-            parent=basis.parent,
+            basis=basis,
             ratings_ingest_id=ratings.newest_ingest(store, basis.ratings_version),
-            ratings_version=basis.ratings_version,
-            tombstones_version=basis.tombstones_version,
         )
         adopted.release()
         return adoption.figures(
