@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 RATINGS ?= ../shared/data/ml-latest-small/ratings.csv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench bench-large clean
+.PHONY: help setup demo test test-embedded test-spark test-all check format bench bench-large clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +27,14 @@ demo: setup ## the whole story; ENGINE=spark on Spark; INPUT=path FORMAT=... tak
 	$(BIN)/unlearn-spark demo --root demo-output $(if $(ENGINE),--engine $(ENGINE)) \
 	    $(if $(INPUT),--input $(INPUT) --format $(or $(FORMAT),csv))
 
-test: setup ## the tests of both engines; about 15 minutes on 2 cores
-	$(BIN)/python -m pytest
+test: setup ## the tests of both engines, side by side; about 10 minutes on 2 cores
+	$(MAKE) --jobs=2 --keep-going test-embedded test-spark
+
+test-embedded: setup ## the tests that need no Java; about 3 minutes
+	$(BIN)/python -m pytest -m "not spark and not slow"
+
+test-spark: setup
+	$(BIN)/python -m pytest -m "spark and not slow"
 
 test-all: setup ## the tests, those too that take minutes each
 	$(BIN)/python -m pytest -m ""

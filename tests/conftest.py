@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_session
 
 from unlearn_spark import cli
 from unlearn_spark.__main__ import JOBS
@@ -34,13 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def spark() -> Iterator[Any]:
     """One session for the whole run: two cores, two shuffle partitions, UTC."""
     settings = Settings.model_validate(
-        {
-            "spark": {
-                "master": "local[2]",
-                "driver_memory": "3g",
-                "conf": {"spark.sql.shuffle.partitions": 2},
-            }
-        }
+        {"spark": {"master": "local[2]", "driver_memory": "3g", "conf": small_session.CONF}}
     )
     session = get_spark(settings)
     yield session

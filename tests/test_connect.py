@@ -1,21 +1,27 @@
 """One line of jobs on Spark Connect: a client without a JVM of its own, and a server here."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import small_session
 
 PROGRAM = """
 import csv, json, sys
 from pathlib import Path
 from pyspark.sql.connect.session import SparkSession
+import small_session
 from unlearn_spark.__main__ import JOBS
 from unlearn_spark.config import Settings
 from unlearn_spark.spark.session import get_spark
 
 root = Path(sys.argv[1])
-settings = Settings(spark=dict(remote="local[2]", driver_memory="2g"))
+settings = Settings(
+    spark=dict(remote="local[2]", driver_memory="2g", conf=small_session.CONF)
+)
 assert isinstance(get_spark(settings), SparkSession)
 
 def write(name, *rows):
@@ -47,6 +53,7 @@ def test_ratings_become_a_model_that_forgets_and_holds_on_connect(tmp_path):
         text=True,
         timeout=900,
         check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(small_session.__file__).parent)},
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.strip().splitlines()[-1])

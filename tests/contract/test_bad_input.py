@@ -468,7 +468,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(job, arguments, says, made
     assert tree(made["base"]) == before
 
 
-@pytest.mark.on_both
+@pytest.mark.on_both(slow=True)
 def test_ids_of_another_kind_are_quarantined_one_by_one(made, open_shop, tmp_path):
     """A table of integer ids takes the integers of an input; its other rows have a reason."""
     shutil.copytree(made["trained"], tmp_path / "copy")

@@ -1,8 +1,8 @@
 """Jobs killed for real (SIGKILL) at their commits.
 
 Proves: whatever was committed by then, readers see what was there before and it still holds; the
-next run ends as a run without a crash does. Embedded at every commit; on Spark at one, and at more
-of them among the slow tests.
+next run ends as a run without a crash does. Embedded at every commit; on Spark, among the slow
+tests, at some.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import small_session
 
 import unlearn_spark
 from contract.nights import (
@@ -208,7 +209,7 @@ def test_an_ingestion_killed_at_any_commit_is_done_by_the_next_run(kill, roots, 
 SESSION = (
     "spark.master=local[2]",
     "spark.driver_memory=1g",
-    "spark.conf.spark.sql.shuffle.partitions=2",
+    *(f"spark.conf.{name}={value}" for name, value in small_session.CONF.items()),
 )
 PATIENCE = 600  # seconds until a job that did not get to its commit has failed the test
 
@@ -266,13 +267,14 @@ def on_spark(root):
 
 
 @pytest.mark.spark
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux: reads /proc")
 @pytest.mark.parametrize(
     ("table", "more"),
     [
         pytest.param("ratings", 1, id="after the ratings were deleted"),
-        pytest.param("user_factors", 1, id="after the first factors", marks=pytest.mark.slow),
-        pytest.param("receipts", 1, id="after the receipts", marks=pytest.mark.slow),
+        pytest.param("user_factors", 1, id="after the first factors"),
+        pytest.param("receipts", 1, id="after the receipts"),
     ],
 )
 def test_a_night_killed_on_spark_is_done_by_the_next_run(table, more, roots, spark, tmp_path):

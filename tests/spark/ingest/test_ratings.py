@@ -171,12 +171,18 @@ OURS = ("1,10,1,100", "1,11,2,100", "1,11,2,100")
 THEIRS = ("1,10,5,200", "2,10,4,100")
 
 
+FIRST_OR_LATER = (
+    pytest.param(True, id="first ingest", marks=pytest.mark.slow),
+    pytest.param(False, id="later ingest"),
+)
+
+
 def _ingest_as_they_do(store, tmp_path):
     other = SparkStore(store.spark.newSession(), root=store.root)
     return _ingest(other, _csv(tmp_path, "theirs.csv", *THEIRS))
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first ingest", "later ingest"])
+@pytest.mark.parametrize("first", FIRST_OR_LATER)
 def test_an_ingest_that_another_overtakes_writes_nothing(store, tmp_path, monkeypatch, first):
     """The other commits all it has between what ours reads of the table and what ours writes."""
     if not first:
@@ -204,7 +210,7 @@ def test_an_ingest_that_another_overtakes_writes_nothing(store, tmp_path, monkey
     assert _table(store) == {**state, (1, 11): (2.0, 100, after + 1)}
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first ingest", "later ingest"])
+@pytest.mark.parametrize("first", FIRST_OR_LATER)
 def test_of_two_ingests_side_by_side_one_fails(store, tmp_path, monkeypatch, first):
     """The other commits while ours writes, to other blocks of the table where there is one."""
     closed, reached = tmp_path / "closed", tmp_path / "reached"

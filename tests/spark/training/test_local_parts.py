@@ -94,6 +94,7 @@ def test_parts_that_are_missing_are_sent_again(ratings, expected, lost):
     assert not files()
 
 
+@pytest.mark.slow
 def test_ratings_are_sent_where_no_file_can_be_kept(ratings, expected, sent, monkeypatch):
     token = uuid.uuid4()
     monkeypatch.setattr(encoded.uuid, "uuid4", lambda: token)

@@ -71,7 +71,7 @@ MORE = [(2, "string"), (60, "bigint")]
         (False, FEW),
         pytest.param(True, FEW, marks=pytest.mark.slow),
         pytest.param(False, MORE, marks=pytest.mark.slow),
-        (True, MORE),
+        pytest.param(True, MORE, marks=pytest.mark.slow),
     ],
     ids=["explicit", "implicit", "explicit, other cuts", "implicit, other cuts"],
 )
