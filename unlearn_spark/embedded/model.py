@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import WriterProperties
+from deltalake import ColumnProperties, WriterProperties
 from numpy.typing import NDArray
 
 from unlearn_spark.core.blocks import (
@@ -26,7 +26,18 @@ from unlearn_spark.tables import factors
 from unlearn_spark.tables.delta_rs import DeltaRsStore
 from unlearn_spark.tables.models import ModelVersion
 
-CHUNK_A_ROW_GROUP = WriterProperties(max_row_group_size=1, compression="SNAPPY")
+PACKED = tuple(factors.RATING_BLOCKS_SPEC.schema.names[3:])
+"""The columns of packed ratings."""
+
+CHUNK_A_ROW_GROUP = WriterProperties(
+    max_row_group_size=1,
+    compression="SNAPPY",
+    # Otherwise the footer would hold every array twice more, as its smallest and largest value, and
+    # whoever opens a file reads the footer.
+    column_properties=dict.fromkeys(
+        PACKED, ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")
+    ),
+)
 
 PORTION_RATINGS = 8_000_000
 """Packed ratings that one commit writes: delta-rs holds several times their bytes meanwhile."""
@@ -174,7 +185,7 @@ def chunk_portions(
                 pa.array([side], pa.string()),
                 pa.array([block], pa.int32()),
                 pa.array([chunk], pa.int32()),
-                *[pa.array([packed[name]], pa.binary()) for name in schema.names[3:]],
+                *[pa.array([packed[name]], pa.binary()) for name in PACKED],
             ]
             waiting.append(pa.RecordBatch.from_arrays(columns, schema=schema))
             size += rows.n_ratings
@@ -214,7 +225,7 @@ class ChunkReader:
 
     def _read_block(self, place: tuple[str, int], chunks: list[int]) -> Iterator[RatingBlock]:
         wanted = set(chunks)
-        names = ["chunk", "slots", "counts", "others", "values"]
+        names = ["chunk", *PACKED]
         for file, groups in self._open(place):
             here = sorted({groups[chunk] for chunk in wanted if chunk in groups})
             if not here:
@@ -223,7 +234,7 @@ class ChunkReader:
                 for at in range(row.num_rows):
                     if row["chunk"][at].as_py() in wanted:
                         yield RatingBlock.from_binary(
-                            {name: row[name][at].as_buffer() for name in names[1:]}
+                            {name: row[name][at].as_buffer() for name in PACKED}
                         )
 
     def _open(self, place: tuple[str, int]) -> list[tuple[pq.ParquetFile, dict[int, int]]]:
