@@ -65,6 +65,7 @@ def test_without_drops_exactly_the_named_pairs(triples, dropped):
     others = np.array([other for _, other in pairs], np.int32)
     left = block_of(triples).without(rows, others)
     assert triples_of(left) == sorted(t for t in triples if (t[0], t[1]) not in pairs)
+    assert (left.counts > 0).all()
 
 
 @settings(max_examples=50)

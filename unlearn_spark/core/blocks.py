@@ -136,6 +136,8 @@ class RatingBlock:
 
     def rows(self, keep: NDArray[np.bool_]) -> RatingBlock:
         """Only the rows where `keep` is true."""
+        if keep.all():
+            return self
         entries = np.repeat(keep, np.diff(self.indptr))
         counts = np.diff(self.indptr)[keep]
         indptr = _starts(counts)
@@ -161,17 +163,26 @@ class RatingBlock:
         """The slot of every rating's row, int32 (n_ratings,)."""
         return np.repeat(self.slots, np.diff(self.indptr))
 
-    def without(
-        self, rows: NDArray[np.int32], others: NDArray[np.int32], *, keep_empty: bool = True
-    ) -> RatingBlock:
-        """Drop the entries of the given (row slot, other slot) pairs; `keep_empty` keeps rows that
-        lose all entries."""
-        keys, gone = pair_keys(self.entry_rows(), self.others), pair_keys(rows, others)
+    def without(self, rows: NDArray[np.int32], others: NDArray[np.int32]) -> RatingBlock:
+        """Drop the entries of the given (row slot, other slot) pairs, and rows that lose all."""
+        places, here = places_in(rows, self.slots)
+        gone = others[here].astype(np.int64)
         kept = np.ones(self.n_ratings, np.bool_)
-        kept[ranges(np.searchsorted(keys, gone), np.searchsorted(keys, gone, "right"))] = False
+        kept[ranges(self._place(places, gone), self._place(places, gone + 1))] = False
         indptr = _starts(kept)[self.indptr]
         block = replace(self, indptr=indptr, others=self.others[kept], values=self.values[kept])
-        return block if keep_empty else block.rows(np.diff(indptr) > 0)
+        return block.rows(np.diff(indptr) > 0)
+
+    def _place(self, rows: NDArray[np.int32], others: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the first entry of each row is (numbers of rows) whose slot is not below `others`;
+        after the row's last entry if there is none."""
+        first, last = self.indptr[rows], self.indptr[rows + 1]
+        while (open := first < last).any():
+            middle = (first + last) // 2
+            below = open & (self.others[np.minimum(middle, self.n_ratings - 1)] < others)
+            first = np.where(below, middle + 1, first)
+            last = np.where(open & ~below, middle, last)
+        return first
 
 
 def _is_dense(slots: NDArray[np.int32], n_lookups: int) -> bool:
@@ -211,11 +222,6 @@ def places_among(slots: NDArray[np.int32], known: NDArray[np.int32]) -> NDArray[
     if not here.all():
         raise ValueError("a rating names a row without factors; the rating blocks are damaged")
     return places
-
-
-def pair_keys(rows: NDArray[np.int32], others: NDArray[np.int32]) -> NDArray[np.int64]:
-    """One int64 for each (row slot, other slot) pair."""
-    return (np.asarray(rows, np.int64) << 32) | np.asarray(others, np.int64)
 
 
 def concatenate(blocks: Sequence[RatingBlock]) -> RatingBlock:

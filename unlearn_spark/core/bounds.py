@@ -126,16 +126,11 @@ def moved_norms(
     gradient, b : float64 (n_others,)
         Norms, rounded up.
     """
-    ratings = np.asarray(values, np.float64)
-    confidence, in_b = objective.confidences(ratings)
-    if confidence is None:
-        confidence = np.ones(len(ratings))
     # By neighbour, because row by row each rating would touch sums that are not in the cache.
-    entries = np.arange(len(ratings), dtype=np.int32)
-    by_row = sparse.csr_array((entries, others, indptr), (len(after), len(y)))
+    by_row = sparse.csr_array((values, others, indptr), (len(after), len(y)))
     by_neighbour = by_row.tocsc()
     gradient, b = np.zeros(len(y)), np.zeros(len(y))
-    shares = np.linspace(0, len(ratings), max(1, len(ratings) // SLICE) + 1)
+    shares = np.linspace(0, len(values), max(1, len(values) // SLICE) + 1)
     cuts = np.searchsorted(by_neighbour.indptr, shares).tolist()
     cuts[-1] = len(y)
 
@@ -145,8 +140,8 @@ def moved_norms(
             by_neighbour.indptr,
             by_neighbour.indices,
             by_neighbour.data,
-            confidence,
-            in_b,
+            objective.implicit_prefs,
+            objective.alpha,
             np.ascontiguousarray(y, np.float32),
             np.ascontiguousarray(after, np.float32),
             np.ascontiguousarray(before, np.float32),
@@ -161,7 +156,7 @@ def moved_norms(
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 def _norms_of_moves(  # type: ignore[no-untyped-def]
-    first, last, starts, rows, entries, confidence, in_b, y, after, before, gradient, b
+    first, last, starts, rows, values, implicit, alpha, y, after, before, gradient, b
 ):
     rank = y.shape[1]
     mine, in_gradient, in_side = np.empty(rank), np.empty(rank), np.empty(rank)
@@ -172,14 +167,17 @@ def _norms_of_moves(  # type: ignore[no-untyped-def]
             mine[k] = y[other, k]
             in_gradient[k] = in_side[k] = 0.0
         for at in range(starts[other], starts[other + 1]):
-            row, entry = rows[at], entries[at]
+            row, value = rows[at], np.float64(values[at])
+            c, d = 1.0, value
+            if implicit:  # `Objective.confidences`
+                c = alpha * abs(value)
+                d = 1 + c if value > 0 else 0.0
             new = old = 0.0
             for k in range(rank):
                 new += mine[k] * np.float64(after[row, k])
                 old += mine[k] * np.float64(before[row, k])
-            d = in_b[entry]
-            new = confidence[entry] * new - d
-            old = confidence[entry] * old - d
+            new = c * new - d
+            old = c * old - d
             for k in range(rank):
                 x, x_before = np.float64(after[row, k]), np.float64(before[row, k])
                 in_gradient[k] += new * x - old * x_before

@@ -92,7 +92,7 @@ class RatingChanges:
         order = np.lexsort((self.signs, self.order, self.others, self.rows))
         rows, others, values = self.rows[order], self.others[order], self.values[order]
         newest = np.append((np.diff(rows) != 0) | (np.diff(others) != 0), True)
-        block = block.without(rows[newest], others[newest], keep_empty=False)
+        block = block.without(rows[newest], others[newest])
         added = newest & (self.signs[order] > 0)
         extra = RatingBlock.from_entries(rows[added], others[added], values[added])
         return concatenate([block, extra]) if extra.n_ratings else block

@@ -19,6 +19,7 @@ One thread a call: Spark runs a worker for each core, the embedded engine a call
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llvmlite.binding
@@ -380,34 +381,44 @@ def _lane_is_sound(L, inverse, dim, lane, n, tolerance):  # type: ignore[no-unty
 
 @_jit
 def _residuals(  # type: ignore[no-untyped-def]
-    indptr, indices, values, other, factors, implicit, alpha, reg_param, first, gradient, b
+    indptr, indices, values, other, factors, implicit, alpha, reg_param, first, gathered, gradient,
+    b,
 ):  # fmt: skip
     """Fill `gradient` (without Y'Y) and `b` of the rows from `first` on, in float64."""
     rank = other.shape[1]
-    x = np.zeros(rank)
+    step = gathered.shape[0]
+    x, g, target = np.zeros(rank), np.zeros(rank), np.zeros(rank)
     for at in range(gradient.shape[0]):
         row = first + at
         counted = 0
         for j in range(rank):
             x[j] = factors[row, j]
-        for e in range(indptr[row], indptr[row + 1]):
-            source = indices[e]
-            v = np.float64(values[e])
-            c, d = 1.0, v
-            if implicit:
-                c = alpha * abs(v)
-                d = 1 + c if v > 0 else 0.0
-            counted += 1 if not implicit or v > 0 else 0
-            fitted = 0.0
-            for j in range(rank):
-                fitted += np.float64(other[source, j]) * x[j]
-            error = c * fitted - d
-            for j in range(rank):
-                gradient[at, j] += error * np.float64(other[source, j])
-            for j in range(rank):
-                b[at, j] += d * np.float64(other[source, j])
+            g[j] = target[j] = 0.0
+        for start in range(indptr[row], indptr[row + 1], step):
+            n = min(step, indptr[row + 1] - start)
+            # Copied before use: the loads of many rows wait for memory at the same time.
+            for t in range(n):
+                source = indices[start + t]
+                for j in range(rank):
+                    gathered[t, j] = other[source, j]
+            for t in range(n):
+                v = np.float64(values[start + t])
+                c, d = 1.0, v
+                if implicit:
+                    c = alpha * abs(v)
+                    d = 1 + c if v > 0 else 0.0
+                counted += 1 if not implicit or v > 0 else 0
+                fitted = 0.0
+                for j in range(rank):
+                    fitted += np.float64(gathered[t, j]) * x[j]
+                error = c * fitted - d
+                for j in range(rank):
+                    y = np.float64(gathered[t, j])
+                    g[j] += error * y
+                    target[j] += d * y
         for j in range(rank):
-            gradient[at, j] += reg_param * counted * x[j]
+            gradient[at, j] = g[j] + reg_param * counted * x[j]
+            b[at, j] = target[j]
 
 
 # --- batches of rows ------------------------------------------------------------------------------
@@ -654,12 +665,14 @@ def residuals(
 ) -> None:
     """Fill ``A x - b`` (without ``Y'Y x``) and ``b`` of the rows from `first` on.
 
-    x is the problem's warm row; `gradient` and `b` are float64 (rows, k) zeros.
+    x is the problem's warm row; `gradient` and `b` are float64 (rows, k).
     """
-    objective = problem.objective
+    objective, rank = problem.objective, problem.rank
+    gathered = np.empty((max(8, SLICE_BYTES // (4 * rank)), rank), np.float32)
     _residuals(
         problem.indptr, problem.indices, problem.values, problem.other, problem.warm,
-        objective.implicit_prefs, objective.alpha, objective.reg_param, first, gradient, b,
+        objective.implicit_prefs, objective.alpha, objective.reg_param, first, gathered, gradient,
+        b,
     )  # fmt: skip
 
 
@@ -729,3 +742,10 @@ def solve(
         )  # fmt: skip
         keep(small, norms, state)
     return np.sort(np.concatenate([np.empty(0, np.int64), *unsolved]))
+
+
+def are_compiled() -> bool:
+    """Whether an earlier process left the compiled kernels beside this file, or where numba keeps
+    them instead."""
+    folder = _solve_primal.stats.cache_path
+    return folder is not None and any(Path(folder).glob("simd._solve_primal-*.nbi"))
