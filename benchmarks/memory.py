@@ -28,8 +28,8 @@ from unlearn_spark.core.blocks import RatingBlock
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.objective import Objective, floor_of, target_magnitudes
 from unlearn_spark.core.solver import Solver
+from unlearn_spark.core.sweeps import Limits, sweep_both
 from unlearn_spark.evaluation import synthetic
-from unlearn_spark.spark.training.one_task import Limits, sweep_in_memory
 
 MEMORIES = (1, 3, 5)
 USERS, ITEMS, HEAD = 20_000, 100_000, 10
@@ -64,14 +64,14 @@ def sweep(ratings: Ratings, objective: Objective, rank: int, memory: int, cap: i
     floor = floor_of(target_magnitudes(anchor.indptr, anchor.values, objective))
     hashes = np.random.default_rng(0).integers(-(2**62), 2**62, anchor.n_rows)
     start = initial_factors(hashes, rank, 0, "item", objective.nonnegative)
-    swept = sweep_in_memory(
+    swept = sweep_both(
         Solver(objective, rank, "float32"),
         anchor,
         other,
         (anchor.n_rows, other.n_rows),
         start[None],
         Accelerator(memory),
-        Limits(cap, min(TARGETS), floor, np.inf),
+        Limits(cap, min(TARGETS), floor),
     )
     return swept.reports
 

@@ -19,7 +19,7 @@ from unlearn_spark.core.objective import (
     target_magnitudes,
 )
 from unlearn_spark.core.solver import Solver
-from unlearn_spark.spark.training.one_task import CONVERGED, Limits, sweep_in_memory
+from unlearn_spark.core.sweeps import CONVERGED, Limits, sweep_both
 
 EXPLICIT, IMPLICIT = Objective(0.1), Objective(0.1, implicit_prefs=True, alpha=3.0)
 OBJECTIVES = {"explicit": EXPLICIT, "implicit": IMPLICIT}
@@ -99,14 +99,14 @@ def test_sweeps_end_where_rows_vanish(objective):
     ]
     n_slots = (int(rows.max()) + 1, int(others.max()) + 1)
     hashes = np.random.default_rng(0).integers(-(2**62), 2**62, anchor.n_rows)
-    swept = sweep_in_memory(
+    swept = sweep_both(
         Solver(objective, 8, "float32"),
         anchor,
         other,
         n_slots,
         initial_factors(hashes, 8, 0, "user", objective.nonnegative)[None],
         Accelerator(1),
-        Limits(200, 2.5e-4, floors[0], np.inf),
+        Limits(200, 2.5e-4, floors[0]),
     )
     assert swept.state == CONVERGED
     # Every row solves its equations, those too whose own right-hand side is next to nothing.

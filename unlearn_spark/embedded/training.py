@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from unlearn_spark.config import AlsSettings
 from unlearn_spark.core.acceleration import Accelerator
-from unlearn_spark.core.blocks import SIDES, RatingBlock, chunk_numbers, other_side, scatter
-from unlearn_spark.core.bounds import gram
+from unlearn_spark.core.blocks import SIDES, RatingBlock, chunk_numbers, other_side
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.layout import choose_blocks
 from unlearn_spark.core.objective import floor_of, relative_residual, target_magnitudes
-from unlearn_spark.core.solver import OtherSide, Solver, mixed, solve_anchor, solver_of
+from unlearn_spark.core.solver import OtherSide, Solver, solver_of
+from unlearn_spark.core.sweeps import CONVERGED, Limits, seen, sweep_both
 from unlearn_spark.core.threads import shared_out
 from unlearn_spark.core.training import SweepReport, TrainingSummary, next_report
 from unlearn_spark.embedded.ids import blocks_of, xxhash64
@@ -296,31 +296,27 @@ def sweep(
     tuple
         By side the factors; a report for each sweep; whether the largest residual reached `tol`.
     """
-    solver, anchor = solver_of(als, threads), encoded.anchor
+    anchor = encoded.anchor
     other = other_side(anchor)
-    mine, theirs = encoded.blocks[anchor], encoded.blocks[other]
-    accelerator = Accelerator(als.memory)
     reports: list[SweepReport] = []
-    constant = solver.constant(mine)
-    stack = start[None]
-    while True:
-        began = time.perf_counter()
-        solved = solver.solve(theirs, seen_by(solver, encoded, anchor, stack[0]), None).factors
-        penalty = solver.penalty(theirs, solved)
-        seen = seen_by(solver, encoded, other, solved, penalty)
-        found = solve_anchor(solver, mine, seen, stack, encoded.floors[anchor], constant)
-        objective = found.quadratic + found.penalty
-        report = next_report(reports, objective, found.worst, time.perf_counter() - began, als.tol)
-        reports.append(report)
+
+    def reported(objective: float, worst: float, seconds: float) -> None:
+        reports.append(next_report(reports, objective, worst, seconds, als.tol))
         if on_sweep is not None:
-            on_sweep(report)
-        if found.worst <= als.tol:
-            return {anchor: stack[0], other: solved}, reports, True
-        if len(reports) == als.max_sweeps:
-            # At the cap, g of the newest sweep is better than its y.
-            return {anchor: found.history[0], other: solved}, reports, False
-        step = accelerator.step(objective, found.worst, found.products)
-        stack = mixed(found.history, step.weights, step.keep, step.drop_newest, als.nonnegative)
+            on_sweep(reports[-1])
+
+    swept = sweep_both(
+        solver_of(als, threads),
+        encoded.blocks[anchor],
+        encoded.blocks[other],
+        (encoded.n_slots[anchor], encoded.n_slots[other]),
+        start[None],
+        Accelerator(als.memory),
+        Limits(als.max_sweeps, als.tol, encoded.floors[anchor]),
+        reported,
+    )
+    factors = {anchor: swept.stack[0], other: swept.others}
+    return factors, reports, swept.state == CONVERGED
 
 
 def seen_by(
@@ -331,9 +327,7 @@ def seen_by(
     penalty: float = 0.0,
 ) -> OtherSide:
     """A side's factors as the other side's rows see them."""
-    dense = scatter(encoded.blocks[side].slots, factors, encoded.n_slots[side])
-    whole = gram(factors) if solver.objective.implicit_prefs else None
-    return OtherSide(dense, whole, penalty)
+    return seen(solver, encoded.blocks[side].slots, factors, encoded.n_slots[side], penalty)
 
 
 def scan(
@@ -343,8 +337,8 @@ def scan(
     solver = solver_of(als, threads)
     norms = {}
     for side in SIDES:
-        seen = seen_by(solver, encoded, other_side(side), factors[other_side(side)])
-        gradient, b = solver.residuals(encoded.blocks[side], seen, factors[side])
+        others = seen_by(solver, encoded, other_side(side), factors[other_side(side)])
+        gradient, b = solver.residuals(encoded.blocks[side], others, factors[side])
         lengths = np.linalg.norm(factors[side].astype(np.float64), axis=1)
         norms[side] = Norms(gradient, b, lengths)
     return norms

@@ -18,6 +18,7 @@ from unlearn_spark.core.acceleration import Accelerator
 from unlearn_spark.core.blocks import SIDES, other_side
 from unlearn_spark.core.initial import initial_factors
 from unlearn_spark.core.solver import solver_of
+from unlearn_spark.core.sweeps import CONVERGED, GOING_ON, Limits
 from unlearn_spark.core.training import SweepReport, next_report
 from unlearn_spark.spark.arrow import matrix_of, pieces_table
 from unlearn_spark.spark.frames import aggregates_of, materialise
@@ -34,7 +35,7 @@ from unlearn_spark.spark.training.half_sweep import (
     solve_side,
     sweep_anchor,
 )
-from unlearn_spark.spark.training.one_task import CONVERGED, GOING_ON, Limits, burst, results_of
+from unlearn_spark.spark.training.one_task import BURST_SECONDS, burst, results_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row
@@ -171,7 +172,7 @@ class Sweeper:
         state = iterate
         while True:
             left = self.settings.max_sweeps - len(self.reports)
-            limits = Limits(left, self.settings.tol, floor)
+            limits = Limits(left, self.settings.tol, floor, BURST_SECONDS)
             state = materialise(
                 burst(solver, parts, layouts, state, accelerator, limits),
                 self.execution.checkpoint,
