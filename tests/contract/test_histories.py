@@ -197,10 +197,10 @@ def test_nights_keep_what_remains_and_nothing_else(
 
     pending = {r.name for r in world.reference.asked if r.scope != "reinstate"}
     world.reference.night()
-    ways = {"rounds": 10**9, "at once": 1}
-    for way, large in ways.items():
+    ways = {"rounds": np.inf, "at once": 0.0}
+    for way, share in ways.items():
         with monkeypatch.context() as patch:
-            policy = Policy(large_changes=large, large_share=0.0, most_sweeps=1e9)
+            policy = Policy(large_share=share, most_sweeps=1e9)
             patch.setattr(rounds, "POLICY", policy)
             copy = World(run_job, f"{world.root} {way}", tmp_path, sets, world.reference)
             shutil.copytree(world.root, copy.root)

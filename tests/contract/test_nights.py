@@ -166,7 +166,7 @@ def test_a_night_that_gives_its_rounds_up_sweeps_everything(open_shop, tmp_path)
 
 @pytest.mark.on_both(slow=True)
 def test_a_large_night_is_swept_at_once(open_shop, tmp_path, monkeypatch):
-    monkeypatch.setattr(rounds, "POLICY", Policy(large_changes=100))
+    monkeypatch.setattr(rounds, "POLICY", Policy(large_share=0.05))
     root, rows = tmp_path / "tables", data_set(8)
     shop = trained(open_shop, rows)
     users = [f"u{n}" for n in range(5, 20)]

@@ -28,9 +28,9 @@ class Policy:
 
     Attributes
     ----------
-    large_changes, large_share
-        A night that changes at least this many ratings, and at least this share of all, sweeps
-        everything at once: updating the ledger would take longer than encoding the ratings anew.
+    large_share
+        A night that changes at least this share of the ratings sweeps everything at once: its
+        rounds would disturb most rows.
     most_sweeps, share_of_training
         Rounds give way to whole sweeps after this many sweeps of work, or after this share of the
         training's sweeps if that is more.
@@ -47,8 +47,7 @@ class Policy:
         this many if that is more.
     """
 
-    large_changes: int = 250_000
-    large_share: float = 0.05
+    large_share: float = 0.1
     most_sweeps: float = 4.0
     share_of_training: float = 0.25
     patch_ratings: int = 1_000_000
@@ -148,7 +147,7 @@ def run_rounds(
 
 def sweeps_at_once(n_changes: int, n_ratings: int) -> bool:
     """Whether a night with `n_changes` changed ratings of `n_ratings` skips the rounds."""
-    return n_changes >= max(POLICY.large_changes, POLICY.large_share * n_ratings)
+    return n_changes >= POLICY.large_share * n_ratings
 
 
 def looks_again(ratings: int) -> bool:
