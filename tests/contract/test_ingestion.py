@@ -8,6 +8,7 @@ ratings out; no id reaches Delta's log; an engine goes on where the other stoppe
 from __future__ import annotations
 
 import datetime as dt
+import importlib
 from pathlib import Path
 
 import deltalake
@@ -20,6 +21,7 @@ import pytest
 import unlearn_spark
 from unlearn_spark.errors import InputError, SettingsError
 from unlearn_spark.ingestion import rules
+from unlearn_spark.recommender import silent
 
 THREE = [("1", "31", 2.5, 1260759144), ("1", "1029", 3.0, 1260759179), ("2", "31", 4.0, 835355493)]
 
@@ -351,6 +353,36 @@ def test_what_a_request_covers_stays_out(shop, tmp_path):
     shop.ingest_tombstones(file(tmp_path, "lift.csv", lift))
     assert counts(shop.ingest_ratings(source, "csv")) == (6, 2, 2, 2)
     assert set(stored(shop)) == {(1, 5), (1, 6), (2, 6), (3, 5)}
+
+
+@pytest.mark.on_both
+def test_what_a_request_covers_by_the_commit_goes_again(engine, shop, tmp_path, monkeypatch):
+    shop.ingest_ratings(csv(tmp_path, "a.csv", "1,5,4,10", "2,6,4,10"), "csv")
+    other = unlearn_spark.open(tmp_path / "tables", "embedded", progress=silent)
+    name = {"embedded": "unlearn_spark.embedded.ingest", "spark": "unlearn_spark.spark.ratings"}
+    module, events = importlib.import_module(name[engine]), []
+    upsert, delete = module.upsert, module.delete
+
+    def late_upsert(*given):
+        if not events:
+            events.append("asked")
+            other.ingest_tombstones(
+                pa.table({"request_id": ["r"], "scope": ["user"], "user_id": [9]})
+            )
+        return upsert(*given)
+
+    def late_delete(*given):
+        if events == ["asked"]:
+            events.append("overtaken")
+            other.ingest_ratings(csv(tmp_path, "c.csv", "3,7,4,10"), "csv")
+        return delete(*given)
+
+    monkeypatch.setattr(module, "upsert", late_upsert)
+    monkeypatch.setattr(module, "delete", late_delete)
+    report = shop.ingest_ratings(csv(tmp_path, "b.csv", "1,6,4,10", "9,5,4,10"), "csv")
+    assert counts(report) == (2, 2, 0, 0)
+    assert events == ["asked", "overtaken"]
+    assert set(stored(shop)) == {(1, 5), (2, 6), (1, 6), (3, 7)}
 
 
 @pytest.mark.on_both(slow=True)

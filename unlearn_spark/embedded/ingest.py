@@ -23,7 +23,7 @@ from unlearn_spark.ingestion.rules import IngestReport
 from unlearn_spark.tables import quarantine, ratings, requests, tombstones
 from unlearn_spark.tables.delta_rs import DeltaRsStore
 from unlearn_spark.tables.relational import query
-from unlearn_spark.tables.store import TIMESTAMP
+from unlearn_spark.tables.store import TIMESTAMP, persistently
 
 Types = Mapping[str, pa.DataType]
 
@@ -98,14 +98,19 @@ def _delete_covered(store: DeltaRsStore, version: int, threads: int) -> int:
     Raises
     ------
     ConflictError
-        Another job wrote ratings meanwhile.
+        Other jobs wrote ratings whenever this one tried.
     """
-    mine = f"ingest_id = {ratings.next_ingest(version - 1 if version else None)}"
-    rows = store.read(ratings.TABLE, version, [*IDS, "rated_at"], mine)
-    asked = requests.effective(tombstones.read(store))
-    hits = covered(rows, requests.rules(asked, guard=True))
-    places = pa.array(np.unique(hits["place"].to_numpy()))
-    return delete(store, rows.take(places).select(IDS), version, threads)
+    mine = f"ingest_id = {ratings.ingest_of(version)}"
+
+    def attempt() -> int:
+        newest = store.version(ratings.TABLE)
+        rows = store.read(ratings.TABLE, newest, [*IDS, "rated_at"], mine)
+        asked = requests.effective(tombstones.read(store))
+        hits = covered(rows, requests.rules(asked, guard=True))
+        places = pa.array(np.unique(hits["place"].to_numpy()))
+        return delete(store, rows.take(places).select(IDS), newest, threads)
+
+    return persistently(attempt)
 
 
 def _refused(raw: pa.Array, reason: pa.Array, user_id: pa.Array, item_id: pa.Array) -> pa.Table:

@@ -69,13 +69,18 @@ def user_blocks(metadata: Mapping[str, object]) -> int:
     return int(str(metadata[USER_BLOCKS]))
 
 
-def next_ingest(version: int | None) -> int:
-    """The `ingest_id` of rows that are written after a Delta version (None: the first rows).
+def ingest_of(version: int) -> int:
+    """The `ingest_id` of the rows that an ingest commits as this Delta version.
 
     Every ingest commits, so versions number the ingests from 1. No number is used twice, even if
     all rows of the last ingest were deleted since.
     """
-    return 1 if version is None else version + 2
+    return version + 1
+
+
+def next_ingest(version: int | None) -> int:
+    """The `ingest_id` of rows that are written after a Delta version (None: the first rows)."""
+    return ingest_of(0 if version is None else version + 1)
 
 
 def changed_meanwhile() -> ConflictError:

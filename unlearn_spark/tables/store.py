@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
@@ -24,7 +25,12 @@ from unlearn_spark.preconditions import is_remote, nearest_existing
 if TYPE_CHECKING:
     from unlearn_spark.config import Settings
 
+T = TypeVar("T")
+
 TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+MOST_ATTEMPTS = 5
+"""How often a job tries a write that other jobs may overtake, where it need not start over."""
 
 MADE_BY = {
     "ratings": "ingest_ratings",
@@ -199,6 +205,20 @@ def is_delta(folder: Path) -> bool:
     """Whether a local folder is a Delta table: its log has a commit or a checkpoint."""
     log = folder / "_delta_log"
     return log.is_dir() and any(_IN_LOG.fullmatch(path.name) for path in log.iterdir())
+
+
+def persistently(attempt: Callable[[], T]) -> T:
+    """What `attempt` returns, which is made again a few times if another job comes first.
+
+    Raises
+    ------
+    ConflictError
+        Another job came first every time.
+    """
+    for _ in range(MOST_ATTEMPTS - 1):
+        with suppress(ConflictError):
+            return attempt()
+    return attempt()
 
 
 def conflict(table: str) -> ConflictError:

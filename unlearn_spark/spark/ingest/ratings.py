@@ -15,7 +15,9 @@ from unlearn_spark.ingestion.rules import FOREIGN_ID, REFUSED, IngestReport, wor
 from unlearn_spark.spark import ratings, requests
 from unlearn_spark.spark.ingest import formats
 from unlearn_spark.tables import quarantine, tombstones
+from unlearn_spark.tables import ratings as table
 from unlearn_spark.tables import requests as asked
+from unlearn_spark.tables.store import persistently
 
 if TYPE_CHECKING:
     from unlearn_spark.tables.delta_spark import SparkStore
@@ -129,11 +131,17 @@ def _delete_covered(store: SparkStore, version: int) -> int:
     Raises
     ------
     ConflictError
-        Another job wrote ratings meanwhile.
+        Other jobs wrote ratings whenever this one tried.
     """
-    guards = asked.rules(asked.effective(tombstones.read(store)), guard=True)
-    mine = ratings.since(store, version, version)  # `tables.ratings.next_ingest`
-    return ratings.delete(store, requests.covered(mine, guards), version)
+    ingest_id = table.ingest_of(version)
+
+    def attempt() -> int:
+        newest = store.version(table.TABLE)
+        mine = ratings.read(store, newest).where(F.col("ingest_id") == ingest_id)
+        guards = asked.rules(asked.effective(tombstones.read(store)), guard=True)
+        return ratings.delete(store, requests.covered(mine, guards), newest)
+
+    return persistently(attempt)
 
 
 def _choose_types(raw: formats.RawRatings, profile: _Profile) -> dict[str, T.DataType]:
