@@ -142,3 +142,13 @@ def test_of_two_writers_on_an_object_store_one_loses(store):
     assert shop_of(root).unlearn().requests == 0
     assert shop_of(root).model().model_version == 2
     assert shop_of(root).audit().holds
+
+
+def test_an_object_store_that_does_not_answer_is_one_line(store, monkeypatch, run_in_process):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        done = run_in_process("train", "--root", f"s3://{BUCKET}/tables", "--engine", "embedded")
+    assert f"root s3://{BUCKET}/tables: its storage does not answer" in done.error
+    assert "Connection refused" in done.error
+    assert "\x1b" not in done.error

@@ -55,6 +55,7 @@ class EmbeddedEngine:
     def train(self, progress: Progress) -> tuple[ModelVersion, TrainingSummary]:
         from unlearn_spark.embedded.train import train
 
+        _announce_compilation(progress)
         with _one_blas_thread():
             return train(self.store, self.settings, self.threads, progress)
 
@@ -63,6 +64,7 @@ class EmbeddedEngine:
     ) -> dict[str, Any]:
         from unlearn_spark.embedded.importing import import_factors
 
+        _announce_compilation(progress)
         with _one_blas_thread():
             return import_factors(
                 self.store, self.settings, path, format, converge, progress, self.threads
@@ -172,6 +174,14 @@ class EmbeddedEngine:
             return evaluate_split(
                 self.store, als, fraction, seed, k, min_rating, progress, self.threads
             )
+
+
+def _announce_compilation(progress: Progress) -> None:
+    """Say why the first job after an installation takes longer."""
+    from unlearn_spark.core import simd
+
+    if not simd.are_compiled():
+        progress("compiling the kernels, once for this installation: about half a minute")
 
 
 def _one_blas_thread() -> AbstractContextManager[Any]:

@@ -357,6 +357,12 @@ class DeltaRsStore(Store):
                 ) from error
             if isinstance(error, CommitFailedError) or "table already exists" in text.lower():
                 raise conflict(table) from error
+            if any(sign in text for sign in _SILENT):
+                reason = _COLOUR.sub("", text.splitlines()[-1]).strip(" \u21b3")
+                raise SettingsError(
+                    f"root {self.root}: its storage does not answer ({reason}); nothing became "
+                    "visible, check the address in the environment and the network"
+                ) from error
             if isinstance(error, TableNotFoundError):
                 raise SettingsError(
                     f"root {self.root}: not reachable ({text.splitlines()[0]}); correct it"
@@ -379,6 +385,12 @@ _REFUSED = ("Permission denied", "AccessDenied", "Read-only file system")
 
 _FULL = ("No space left", "Disk quota exceeded", "File too large")
 """How systems say that a file cannot grow."""
+
+_SILENT = ("error sending request", "error decoding response body", "operation timed out")
+"""How delta-rs says that no answer came over the network, or not a whole one."""
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+"""With which delta-rs prints the causes of an error, an arrow before each."""
 
 _UNSUPPORTED = (
     r"these (?:reader|writer) features: \{(.*?)\}",
