@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from unlearn_spark import publishing
 from unlearn_spark.core.blocks import SIDES
+from unlearn_spark.core.ledger_page import Thresholds
+from unlearn_spark.core.rounds import sweeps_at_once
 from unlearn_spark.errors import InputError
 from unlearn_spark.tables import models, receipts, requests, tombstones
 from unlearn_spark.tables.factors import MODEL_TABLES
@@ -67,6 +69,19 @@ class Counts:
         }
 
 
+class News(Protocol):
+    """What an engine finds before it looks at single ratings."""
+
+    @property
+    def ratings_version(self) -> int: ...
+
+    @property
+    def ingest_id(self) -> int: ...
+
+    @property
+    def tombstones_version(self) -> int | None: ...
+
+
 @dataclass(frozen=True)
 class Tonight:
     """The inputs of a night, in rounds or in whole sweeps.
@@ -96,6 +111,47 @@ class Tonight:
     progress: Callable[[str], None]
     kind: str
     started: float
+
+    @classmethod
+    def of(
+        cls,
+        store: Store,
+        settings: Settings,
+        model: ModelVersion,
+        news: News,
+        counts: Counts,
+        progress: Callable[[str], None],
+        kind: str,
+        started: float,
+    ) -> Tonight:
+        """The inputs of a night that has found its changes."""
+        return cls(
+            store,
+            settings,
+            settings.unlearn.resolved(model.reached),
+            model,
+            counts,
+            news.ratings_version,
+            news.ingest_id,
+            news.tombstones_version,
+            progress,
+            kind,
+            started,
+        )
+
+    @property
+    def sweeps_at_once(self) -> bool:
+        """Whether the night skips the rounds."""
+        n_changes = self.counts.n_removed + self.counts.n_added
+        return sweeps_at_once(n_changes, self.model.sizes.ratings)
+
+    def thresholds(self, n_blocks: Mapping[str, int]) -> Thresholds:
+        """What decides which rows a round works on; `n_blocks` by side."""
+        # In implicit mode every move disturbs every row through the Gram matrix. To solve a row
+        # before it is over tau would make work for all others.
+        implicit = self.model.als.implicit_prefs
+        mark = self.unlearn.tau if implicit else self.unlearn.mark
+        return Thresholds(n_blocks, self.unlearn.tau, mark, self.model.floors)
 
     @property
     def basis(self) -> publishing.Basis:

@@ -18,8 +18,8 @@ from unlearn_spark import nightly
 from unlearn_spark.config import Settings
 from unlearn_spark.core.blocks import SIDES
 from unlearn_spark.core.bounds import gram
-from unlearn_spark.core.ledger_page import Page, Summary, Thresholds
-from unlearn_spark.core.rounds import Work, run_rounds, sweeps_at_once
+from unlearn_spark.core.ledger_page import Page, Summary
+from unlearn_spark.core.rounds import Work, run_rounds
 from unlearn_spark.core.solver import solver_of
 from unlearn_spark.core.threads import shared_out
 from unlearn_spark.core.training import Progress
@@ -72,23 +72,10 @@ def run_night(
     changes = collect_changes(store, model, news)
     if not news.n_requests and not changes.counts.n_added:
         return nightly.idle(model, started)
-    tonight = Tonight(
-        store,
-        settings,
-        settings.unlearn.resolved(model.reached),
-        model,
-        changes.counts,
-        news.ratings_version,
-        news.ingest_id,
-        news.tombstones_version,
-        progress,
-        kind,
-        started,
-    )
+    tonight = Tonight.of(store, settings, model, news, changes.counts, progress, kind, started)
     nightly.announce(tonight)
-    counts, warm, tried = changes.counts, None, None
-    n_changes = counts.n_removed + counts.n_added
-    if not sweeps_at_once(n_changes, model.sizes.ratings):
+    warm, tried = None, None
+    if not tonight.sweeps_at_once:
         changed = change_model(store, model, changes, threads)
         resolved = resolve(store, tonight, changed, threads)
         if resolved.end is not None:
@@ -144,17 +131,13 @@ def resolve(store: DeltaRsStore, tonight: Tonight, changed: ChangedModel, thread
     tau. Give up when whole sweeps look cheaper."""
     model, unlearn = tonight.model, tonight.unlearn
     solver = solver_of(model.als, threads)
-    # In implicit mode every move disturbs every row through the Gram matrix. To solve a row before
-    # it is over tau would make work for all others.
-    mark = unlearn.tau if model.als.implicit_prefs else unlearn.mark
-    thresholds = Thresholds(changed.n_blocks, unlearn.tau, mark, model.floors)
     pages = open_ledger(store, model, changed, solver, force=unlearn.direct_rows == "resolve")
     grams = {}
     if model.als.implicit_prefs:
         grams = {side: gram(each.present.factors) for side, each in changed.sides.items()}
     frontier = Frontier(
         solver,
-        thresholds,
+        tonight.thresholds(changed.n_blocks),
         ChunkReader(store, model.rating_blocks_version, threads),
         pages,
         {side: each.rows.slots for side, each in changed.sides.items()},

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from unlearn_spark import nightly
-from unlearn_spark.core.ledger_page import Thresholds
-from unlearn_spark.core.rounds import Work, run_rounds, sweeps_at_once
+from unlearn_spark.core.rounds import Work, run_rounds
 from unlearn_spark.core.solver import solver_of
 from unlearn_spark.nightly import Tonight
 from unlearn_spark.spark import factors, ratings
@@ -70,21 +69,9 @@ def run_night(
         counts = changes.counts
         if not counts.n_requests and not counts.n_added:
             return nightly.idle(model, started)
-        tonight = Tonight(
-            store,
-            settings,
-            settings.unlearn.resolved(model.reached),
-            model,
-            counts,
-            news.ratings_version,
-            news.ingest_id,
-            news.tombstones_version,
-            progress,
-            kind,
-            started,
-        )
+        tonight = Tonight.of(store, settings, model, news, counts, progress, kind, started)
         nightly.announce(tonight)
-        if not sweeps_at_once(counts.n_removed + counts.n_added, model.sizes.ratings):
+        if not tonight.sweeps_at_once:
             changed = change_model(store, model, changes, checkpoint)
             resolved = resolve(store, tonight, changed)
             if resolved.is_done:
@@ -108,10 +95,7 @@ def resolve(store: SparkStore, tonight: Tonight, changed: ChangedModel) -> Resol
     parallelism = session_parallelism(store.spark)
     solver, n_rows = solver_of(model.als), sum(changed.n_rows.values())
     placing = Placing.of(solver.rank, parallelism, n_rows, changed.n_blocks)
-    # In implicit mode every move disturbs every row through the Gram matrix. To solve a row before
-    # it is over tau would make work for all others.
-    mark = unlearn.tau if model.als.implicit_prefs else unlearn.mark
-    thresholds = Thresholds(changed.n_blocks, unlearn.tau, mark, model.floors)
+    thresholds = tonight.thresholds(changed.n_blocks)
     pages = open_ledger(
         placing,
         solver,
