@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from unlearn_spark.tables.models import ModelVersion
     from unlearn_spark.tables.store import Store
 
-BYTES_PER_RATING = 40
+BYTES_PER_RATING = 50
 """Most memory that the embedded engine needs for a rating, while it sorts both sides."""
 
 INGESTED = {".csv": 6, ".dat": 6, ".data": 6, ".txt": 6, ".jsonl": 6, ".json": 6}

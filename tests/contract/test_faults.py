@@ -309,7 +309,7 @@ def test_memory_that_does_not_suffice_is_refused_before_work_starts(
     before = newest_versions(large)
     words = ["--root", large, "--engine", "embedded", "--set", "execution.memory=1m"]
     job = run_in_process("train", *words)
-    assert "this job needs about 1.1 MiB in one process" in job.error
+    assert "this job needs about 1.4 MiB in one process" in job.error
     assert "execution.memory is 1.0 MiB" in job.error
     assert job.error.endswith("raise it, or run with --engine spark")
     assert newest_versions(large) == before
@@ -359,7 +359,7 @@ def test_what_is_too_large_ends_with_one_line_where_spark_is_not_installed(large
     )
     assert job.returncode == 2, job.stderr
     (line,) = job.stderr.strip().splitlines()
-    assert "this job needs about 1.1 MiB in one process" in line
+    assert "this job needs about 1.4 MiB in one process" in line
     assert "pip install 'unlearn-spark[spark]'" in line
 
 
