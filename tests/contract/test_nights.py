@@ -117,7 +117,7 @@ def test_nights_in_a_row_keep_the_certificate(open_shop, tmp_path, implicit):
 
 
 @pytest.mark.on_both(slow=True)
-def test_only_the_blocks_of_a_deletion_are_written_anew(open_shop, tmp_path):
+def test_only_the_blocks_of_a_deletion_are_written_anew(engine, open_shop, tmp_path):
     """Many blocks, one rating gone, and a tau that no other row gets over."""
     root, rows = tmp_path / "tables", data_set(7, users=200, items=60, n=3000)
     shop = trained(open_shop, rows, user_blocks=32, item_blocks=16)
@@ -131,7 +131,8 @@ def test_only_the_blocks_of_a_deletion_are_written_anew(open_shop, tmp_path):
         "user_factors": 1,
         "item_factors": 1,
         "rating_blocks": 0,
-        "ratings": 1,
+        # Spark marks the rows in a deletion vector instead.
+        "ratings": 1 if engine == "embedded" else 0,
     }
     for table, written in tables.items():
         versions = [getattr(model, f"{table}_version") for model in (first, second)]
