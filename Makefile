@@ -33,7 +33,7 @@ test: setup ## the tests of both engines, side by side; about 10 minutes on 2 co
 test-embedded: setup ## the tests that need no Java; about 3 minutes
 	$(BIN)/python -m pytest -m "not spark and not slow"
 
-test-spark: setup
+test-spark: setup ## the tests that need Java; about 9 minutes
 	$(BIN)/python -m pytest -m "spark and not slow"
 
 test-all: setup ## the tests, those too that take minutes each

@@ -70,7 +70,7 @@ class Counts:
 
 
 class News(Protocol):
-    """What an engine finds before it looks at single ratings."""
+    """The newest versions of the tables and the newest ingest, as an engine's night found them."""
 
     @property
     def ratings_version(self) -> int: ...

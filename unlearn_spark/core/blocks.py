@@ -174,11 +174,11 @@ class RatingBlock:
         return block.rows(np.diff(indptr) > 0)
 
     def _place(self, rows: NDArray[np.int32], others: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the first entry of each row is (numbers of rows) whose slot is not below `others`;
-        after the row's last entry if there is none."""
+        """The place of the first entry in row `rows[i]` whose other slot is at least `others[i]`;
+        the row's end if all are smaller."""
         first, last = self.indptr[rows], self.indptr[rows + 1]
         while (open := first < last).any():
-            middle = (first + last) // 2
+            middle = (first + last) // 2  # of a row that is done perhaps past the last entry
             below = open & (self.others[np.minimum(middle, self.n_ratings - 1)] < others)
             first = np.where(below, middle + 1, first)
             last = np.where(open & ~below, middle, last)

@@ -745,7 +745,6 @@ def solve(
 
 
 def are_compiled() -> bool:
-    """Whether an earlier process left the compiled kernels beside this file, or where numba keeps
-    them instead."""
+    """Whether numba's cache holds compiled kernels; one of them stands for all."""
     folder = _solve_primal.stats.cache_path
     return folder is not None and any(Path(folder).glob("simd._solve_primal-*.nbi"))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from unlearn_spark.core.acceleration import curvature_weights, history_products, mix
 from unlearn_spark.core.blocks import RatingBlock, raw
+from unlearn_spark.core.bounds import gram
 from unlearn_spark.core.kernel import RowSolution, row_residuals, solve_rows
 from unlearn_spark.core.objective import Objective, relative_residual
 from unlearn_spark.core.threads import shared_out
@@ -113,8 +114,7 @@ class Solver:
         """Y'Y as float64 bytes; None in explicit mode."""
         if not self.objective.implicit_prefs:
             return None
-        wide = factors.astype(np.float64)
-        return (wide.T @ wide).tobytes()
+        return gram(factors).tobytes()
 
     def factor_row(
         self, part: int, slots: NDArray[np.int32], factors: NDArray[np.float32], scalar: float

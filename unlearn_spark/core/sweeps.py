@@ -11,15 +11,25 @@ from numpy.typing import NDArray
 
 from unlearn_spark.core.acceleration import Accelerator
 from unlearn_spark.core.blocks import RatingBlock, scatter
+from unlearn_spark.core.bounds import gram
 from unlearn_spark.core.solver import OtherSide, Solver, mixed, solve_anchor
 
 GOING_ON, CONVERGED, CAPPED = 0, 1, 2
+"""Why sweeps ended: their time was up, the residual was small enough, or none were left."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop: after so many sweeps, at the largest residual that counts as converged (of the
-    anchor's rows, with their floor: `floor_of`), or after so many seconds."""
+    """When to stop, whichever comes first.
+
+    Attributes
+    ----------
+    sweeps, seconds
+        The most sweeps, and the time after which no further one begins.
+    tol, floor
+        The largest residual that counts as converged, and the least denominator of the anchor's
+        residuals (`floor_of`).
+    """
 
     sweeps: int
     tol: float
@@ -117,9 +127,5 @@ def seen(
     penalty: float = 0.0,
 ) -> OtherSide:
     """A side's rows as the rows of the other side see them."""
-    gram = solver.gram(rows)
-    return OtherSide(
-        scatter(slots, rows, n_slots),
-        None if gram is None else np.frombuffer(gram).reshape(solver.rank, solver.rank),
-        penalty,
-    )
+    whole = gram(rows) if solver.objective.implicit_prefs else None
+    return OtherSide(scatter(slots, rows, n_slots), whole, penalty)

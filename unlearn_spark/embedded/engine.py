@@ -181,7 +181,7 @@ def _announce_compilation(progress: Progress) -> None:
     from unlearn_spark.core import simd
 
     if not simd.are_compiled():
-        progress("compiling the kernels, once for this installation: about half a minute")
+        progress("compiling the kernels, once for this installation")
 
 
 def _one_blas_thread() -> AbstractContextManager[Any]:

@@ -26,8 +26,8 @@ from unlearn_spark.tables import factors
 from unlearn_spark.tables.delta_rs import DeltaRsStore
 from unlearn_spark.tables.models import ModelVersion
 
-PACKED = tuple(factors.RATING_BLOCKS_SPEC.schema.names[3:])
-"""The columns of packed ratings."""
+PACKED_COLUMNS = tuple(factors.RATING_BLOCKS_SPEC.schema.names[3:])
+"""The columns of `factors.RATING_BLOCKS` that hold the arrays of a chunk."""
 
 CHUNK_A_ROW_GROUP = WriterProperties(
     max_row_group_size=1,
@@ -35,7 +35,7 @@ CHUNK_A_ROW_GROUP = WriterProperties(
     # Otherwise the footer would hold every array twice more, as its smallest and largest value, and
     # whoever opens a file reads the footer.
     column_properties=dict.fromkeys(
-        PACKED, ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")
+        PACKED_COLUMNS, ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")
     ),
 )
 
@@ -185,7 +185,7 @@ def chunk_portions(
                 pa.array([side], pa.string()),
                 pa.array([block], pa.int32()),
                 pa.array([chunk], pa.int32()),
-                *[pa.array([packed[name]], pa.binary()) for name in PACKED],
+                *[pa.array([packed[name]], pa.binary()) for name in PACKED_COLUMNS],
             ]
             waiting.append(pa.RecordBatch.from_arrays(columns, schema=schema))
             size += rows.n_ratings
@@ -225,7 +225,7 @@ class ChunkReader:
 
     def _read_block(self, place: tuple[str, int], chunks: list[int]) -> Iterator[RatingBlock]:
         wanted = set(chunks)
-        names = ["chunk", *PACKED]
+        names = ["chunk", *PACKED_COLUMNS]
         for file, groups in self._open(place):
             here = sorted({groups[chunk] for chunk in wanted if chunk in groups})
             if not here:
@@ -234,7 +234,7 @@ class ChunkReader:
                 for at in range(row.num_rows):
                     if row["chunk"][at].as_py() in wanted:
                         yield RatingBlock.from_binary(
-                            {name: row[name][at].as_buffer() for name in PACKED}
+                            {name: row[name][at].as_buffer() for name in PACKED_COLUMNS}
                         )
 
     def _open(self, place: tuple[str, int]) -> list[tuple[pq.ParquetFile, dict[int, int]]]:

@@ -390,7 +390,7 @@ _SILENT = ("error sending request", "error decoding response body", "operation t
 """How delta-rs says that no answer came over the network, or not a whole one."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-"""With which delta-rs prints the causes of an error, an arrow before each."""
+"""delta-rs colours the causes of an error, and puts an arrow before each."""
 
 _UNSUPPORTED = (
     r"these (?:reader|writer) features: \{(.*?)\}",

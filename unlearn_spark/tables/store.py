@@ -208,12 +208,12 @@ def is_delta(folder: Path) -> bool:
 
 
 def persistently(attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, which is made again a few times if another job comes first.
+    """Call `attempt` again while it loses against other jobs; return what it returns.
 
     Raises
     ------
     ConflictError
-        Another job came first every time.
+        It lost `MOST_ATTEMPTS` times.
     """
     for _ in range(MOST_ATTEMPTS - 1):
         with suppress(ConflictError):
